@@ -1,0 +1,70 @@
+"""Devices and links as the planners and the simulator see them. Units: seconds, bytes, FLOP/s, W."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+#: Operator classes that have an achieved rate of their own.
+OPERATOR_CLASSES = ("matmul", "conv", "depthwise")
+
+
+@dataclass(frozen=True)
+class Device:
+    """One board. `rates[operator class] = (forward, backward)` in FLOP/s, achieved, not peak.
+
+    An operator class that is missing has no known rate: a workload that needs it is refused, not guessed.
+    `measured` names a table of measured unit times (see `harness.profile.measure`) that replaces the rates.
+    """
+
+    name: str
+    profile: str
+    rates: dict[str, tuple[float, float]] = field(hash=False)
+    kernel_overhead_s: float
+    memory_bytes: int
+    memory_bandwidth: float
+    storage_read: float | None = None
+    storage_write: float | None = None
+    idle_w: float | None = None
+    load_w: float | None = None
+    measured: str | None = None
+
+
+@dataclass(frozen=True)
+class Link:
+    """Bytes/s that TCP gets from `src` to `dst`, and latency. Transfers on one `medium` take turns."""
+
+    bandwidth: float
+    latency_s: float = 0.0
+    medium: str | None = None
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Devices in rank order and the link between any two of them.
+
+    duplex "full": a device sends and receives at once. "half": the two directions between a pair take turns.
+    "shared": every transfer of the cluster takes turns on one medium, as on Wi-Fi.
+    """
+
+    name: str
+    devices: tuple[Device, ...]
+    bandwidth: dict[str, float] = field(hash=False)
+    latency_s: float = 0.0
+    duplex: str = "full"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(d.name for d in self.devices)
+
+    def device(self, name: str) -> Device:
+        return self.devices[self.names.index(name)]
+
+    def link(self, src: str, dst: str) -> Link:
+        """The link between two devices of a switch: as fast as the slower of the two ports."""
+        if self.duplex == "shared":
+            medium = "medium"
+        elif self.duplex == "half":
+            medium = "|".join(sorted((src, dst)))
+        else:
+            medium = None
+        return Link(min(self.bandwidth[src], self.bandwidth[dst]), self.latency_s, medium)

@@ -1,0 +1,276 @@
+"""What a workload costs, unit by unit: counted from the real model, independent of any device.
+
+Every quantity is affine in the number of rows (samples): `fixed + per_row * rows`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+from harness.cluster import OPERATOR_CLASSES, Device
+from harness.errors import OrreryError
+
+FORWARD, BACKWARD = "forward", "backward"
+DIRECTIONS = (FORWARD, BACKWARD)
+
+
+class Affine(NamedTuple):
+    """`fixed + per_row * rows`."""
+
+    fixed: float = 0
+    per_row: float = 0
+
+    def at(self, rows: int) -> float:
+        return self.fixed + self.per_row * rows
+
+    def plus(self, other: Affine) -> Affine:
+        return Affine(self.fixed + other.fixed, self.per_row + other.per_row)
+
+
+class Work(NamedTuple):
+    """FLOPs by operator class (one multiply-add is 2) and the number of kernels launched."""
+
+    matmul: Affine = Affine()
+    conv: Affine = Affine()
+    depthwise: Affine = Affine()
+    kernels: Affine = Affine()
+
+    def flops(self, rows: int) -> float:
+        return self.matmul.at(rows) + self.conv.at(rows) + self.depthwise.at(rows)
+
+
+@dataclass(frozen=True)
+class TensorCost:
+    """A tensor that units hand to each other. Bytes per row = tokens * width * itemsize.
+
+    `batchless` tensors are the same for every row. `needs_grad` says whether a gradient flows back into it.
+    """
+
+    tokens: int
+    width: int
+    itemsize: int
+    batchless: bool = False
+    needs_grad: bool = True
+
+    def bytes(self, rows: int) -> int:
+        return self.tokens * self.width * self.itemsize * (1 if self.batchless else rows)
+
+
+@dataclass(frozen=True)
+class ParameterCost:
+    """One parameter of the model. Tied uses carry the same name in several units."""
+
+    numel: int
+    itemsize: int
+    trainable: bool
+
+    @property
+    def bytes(self) -> int:
+        return self.numel * self.itemsize
+
+
+@dataclass(frozen=True)
+class UnitCost:
+    """One unit. `saved` counts what autograd keeps inside the unit; tensors that units hand to each other
+    and that this unit keeps for its backward pass are named in `saves`, so that a range counts them once.
+
+    `workspace`: bytes alive at the worst moment of the pass beyond what is alive before it and, for the
+    forward pass, what stays after it; a unit's own weight gradients are not in it.
+    `local` units (masks, position biases) are cheap and run on every device that reads what they write.
+    """
+
+    name: str
+    layer: int
+    kind: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    forward: Work
+    backward: Work
+    saved: Affine
+    saves: tuple[str, ...]
+    forward_workspace: Affine
+    backward_workspace: Affine
+    parameters: tuple[str, ...]
+    buffers_bytes: int = 0
+    local: bool = False
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The chain of units in execution order, the local units beside it, tensors and parameters by name.
+
+    `inputs` are the tensors that every device reads from its own copy of the data, by sample id.
+    `measured[table][direction]` holds, per unit (chain, then local), measured seconds as ((rows, seconds), ...).
+    `key` identifies the content: same key, same costs.
+    """
+
+    key: str
+    units: tuple[UnitCost, ...]
+    local_units: tuple[UnitCost, ...]
+    tensors: dict[str, TensorCost] = field(hash=False)
+    parameters: dict[str, ParameterCost] = field(hash=False)
+    inputs: tuple[str, ...]
+    training: bool
+    measured: dict[str, dict[str, tuple[tuple[tuple[int, float], ...], ...]]] = field(default_factory=dict, hash=False)
+
+    @cached_property
+    def layers(self) -> tuple[tuple[int, int], ...]:
+        """Unit ranges [first, last) of the layers, in order."""
+        ranges: list[tuple[int, int]] = []
+        for index, unit in enumerate(self.units):
+            if ranges and self.units[ranges[-1][0]].layer == unit.layer:
+                ranges[-1] = (ranges[-1][0], index + 1)
+            else:
+                ranges.append((index, index + 1))
+        return tuple(ranges)
+
+    @cached_property
+    def _writer(self) -> dict[str, int]:
+        return {tensor: index for index, unit in enumerate(self.units) for tensor in unit.writes}
+
+    @cached_property
+    def _local_writer(self) -> dict[str, UnitCost]:
+        return {tensor: unit for unit in self.local_units for tensor in unit.writes}
+
+    @cached_property
+    def _last_reader(self) -> dict[str, int]:
+        return {tensor: index for index, unit in enumerate(self.units) for tensor in unit.reads}
+
+    def carried(self, cut: int) -> tuple[str, ...]:
+        """Tensors that cross the boundary in front of unit `cut`: written before it, read at or after it."""
+        return self._carried[cut]
+
+    @cached_property
+    def _carried(self) -> tuple[tuple[str, ...], ...]:
+        crossing: list[list[str]] = [[] for _ in range(len(self.units) + 1)]
+        for tensor, writer in self._writer.items():
+            for cut in range(writer + 1, self._last_reader.get(tensor, writer) + 1):
+                crossing[cut].append(tensor)
+        return tuple(tuple(names) for names in crossing)
+
+    def locals_of(self, first: int, last: int) -> tuple[UnitCost, ...]:
+        """Local units that the range [first, last) needs, each once, in the order of `local_units`."""
+        return self._locals(first, last)
+
+    def _locals(self, first: int, last: int) -> tuple[UnitCost, ...]:
+        cache: dict[tuple[int, int], tuple[UnitCost, ...]] = self.__dict__.setdefault("_locals_cache", {})
+        if (first, last) not in cache:
+            wanted: set[str] = set()
+            todo = [t for unit in self.units[first:last] for t in unit.reads]
+            while todo:
+                unit = self._local_writer.get(todo.pop())
+                if unit is not None and unit.name not in wanted:
+                    wanted.add(unit.name)
+                    todo.extend(unit.reads)
+            cache[first, last] = tuple(u for u in self.local_units if u.name in wanted)
+        return cache[first, last]
+
+    def executed(self, first: int, last: int) -> Iterator[UnitCost]:
+        """The units a device runs for the range: its local units, then the chain."""
+        yield from self.locals_of(first, last)
+        yield from self.units[first:last]
+
+    def parameters_of(self, first: int, last: int) -> tuple[str, ...]:
+        """Names of the parameters the range holds, each once."""
+        names: dict[str, None] = {}
+        for unit in self.executed(first, last):
+            names.update(dict.fromkeys(unit.parameters))
+        return tuple(names)
+
+    def work(self, first: int, last: int, direction: str) -> Work:
+        total = Work()
+        for unit in self.executed(first, last):
+            work = unit.forward if direction == FORWARD else unit.backward
+            total = Work(*(a.plus(b) for a, b in zip(total, work, strict=True)))
+        return total
+
+    def saved(self, first: int, last: int) -> Affine:
+        """Bytes kept between forward and backward of the range, without the tensors that enter it."""
+        total = Affine()
+        inside: set[str] = set()
+        for unit in self.executed(first, last):
+            total = total.plus(unit.saved)
+            inside.update(unit.saves)
+        entering = {*self.inputs, *self.carried(first)}
+        for name in inside - entering:
+            cost = self.tensors[name]
+            total = total.plus(Affine(cost.bytes(1)) if cost.batchless else Affine(0, cost.bytes(1)))
+        return total
+
+    def saves(self, first: int, last: int) -> frozenset[str]:
+        """Tensors handed between units that some unit of the range keeps for its backward pass."""
+        return frozenset(name for unit in self.executed(first, last) for name in unit.saves)
+
+    def buffers_bytes(self, first: int, last: int) -> int:
+        return sum(unit.buffers_bytes for unit in self.executed(first, last))
+
+    def workspace(self, first: int, last: int, direction: str, rows: int, new_gradients: bool = False) -> int:
+        """Bytes beyond those alive before and after, at the worst moment of a pass over the range.
+
+        The backward walk frees what each unit saved and, with `new_gradients`, makes its weight gradients.
+        """
+        units = list(self.executed(first, last))
+        if direction == FORWARD:
+            return int(max(unit.forward_workspace.at(rows) for unit in units))
+        alive, worst = 0.0, 0.0
+        held: set[str] = set()
+        for unit in reversed(units):
+            if new_gradients:
+                fresh = [p for p in unit.parameters if p not in held and self.parameters[p].trainable]
+                held.update(fresh)
+                alive += sum(self.parameters[p].bytes for p in fresh)
+            worst = max(worst, alive + unit.backward_workspace.at(rows))
+            alive -= unit.saved.at(rows)
+        return int(worst)
+
+    def seconds(self, device: Device, first: int, last: int, direction: str, rows: int) -> float:
+        """Time of one pass of `rows` rows over the range on the device."""
+        if rows == 0:
+            return 0.0
+        cache: dict[tuple[object, ...], float] = self.__dict__.setdefault("_seconds_cache", {})
+        key = (device, first, last, direction, rows)
+        if key not in cache:
+            if device.measured is not None:
+                cache[key] = self._measured_seconds(device.measured, first, last, direction, rows)
+            else:
+                cache[key] = _rated_seconds(device, self.work(first, last, direction), direction, rows)
+        return cache[key]
+
+    def _measured_seconds(self, table: str, first: int, last: int, direction: str, rows: int) -> float:
+        if table not in self.measured:
+            raise OrreryError(
+                f"There are no measured times called {table!r} for this workload. Run `orrery profile` first."
+            )
+        columns = self.measured[table][direction]
+        local = {unit.name: len(self.units) + i for i, unit in enumerate(self.local_units)}
+        indices = [*range(first, last), *(local[u.name] for u in self.locals_of(first, last))]
+        return sum(_interpolate(columns[i], rows) for i in indices)
+
+
+def _rated_seconds(device: Device, work: Work, direction: str, rows: int) -> float:
+    """Kernel launches plus FLOPs over the achieved rate of each operator class."""
+    seconds = work.kernels.at(rows) * device.kernel_overhead_s
+    for operator in OPERATOR_CLASSES:
+        flops = getattr(work, operator).at(rows)
+        if not flops:
+            continue
+        if operator not in device.rates:
+            raise OrreryError(
+                f"Nobody has published the rate of {operator} operators on {device.profile}, and this model needs it. "
+                f"Choose a device with a known rate, or add `rates.{operator}` to a device file of your own."
+            )
+        seconds += flops / device.rates[operator][DIRECTIONS.index(direction)]
+    return seconds
+
+
+def _interpolate(points: tuple[tuple[int, float], ...], rows: int) -> float:
+    """Piecewise linear through the measured points; the outer segments are extended."""
+    if len(points) == 1:
+        return points[0][1] * rows / points[0][0]
+    for (r0, s0), (r1, s1) in zip(points, points[1:], strict=False):
+        if rows <= r1:
+            break
+    return max(0.0, s0 + (s1 - s0) * (rows - r0) / (r1 - r0))

@@ -1,0 +1,80 @@
+"""A model as a chain of units: the real modules, cut so that any range can live on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+class Unit(nn.Module):
+    """A piece of a layer. `function(*tensors of reads)` returns the tensors of `writes`, in order.
+
+    Tensor names are unique in a model. `modules` are the Hugging Face modules the function calls, so that
+    parameters and buffers are theirs; a tied module stands in every unit that uses it.
+    A `local` unit is cheap and is run by every device that reads what it writes (masks, position biases).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layer: int,
+        kind: str,
+        reads: Sequence[str],
+        writes: Sequence[str],
+        function: Callable[..., Tensor | tuple[Tensor, ...]],
+        modules: Sequence[nn.Module] = (),
+        local: bool = False,
+    ) -> None:
+        super().__init__()
+        self.name, self.layer, self.kind, self.local = name, layer, kind, local
+        self.reads, self.writes = tuple(reads), tuple(writes)
+        self.function = function
+        self.held = nn.ModuleList(modules)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        out = self.function(*tensors)
+        return out if isinstance(out, tuple) else (out,)
+
+
+@dataclass(frozen=True)
+class Layered:
+    """`root` is the Hugging Face model (with its head); `units` cover it in execution order.
+
+    The head writes "logits". For training one more unit reads "logits" and "labels" and writes "loss": the *sum*
+    over rows of the per-sample loss, so that micro-batches and replicas add up; whoever trains divides by the rows
+    of the whole batch.
+    `inputs` are the names of the batch's tensors (see `harness.datasets`), batch first.
+    """
+
+    root: nn.Module
+    units: tuple[Unit, ...]
+    local_units: tuple[Unit, ...]
+    inputs: tuple[str, ...]
+
+    def parameter_names(self) -> dict[int, str]:
+        """`id(parameter)` -> its first name in `root`; tied parameters have one name."""
+        return {id(p): name for name, p in self.root.named_parameters()}
+
+    def locals_of(self, units: Sequence[Unit]) -> list[Unit]:
+        """The local units that `units` need, in the order of `local_units`."""
+        writer = {tensor: unit for unit in self.local_units for tensor in unit.writes}
+        wanted: set[str] = set()
+        todo = [name for unit in units for name in unit.reads]
+        while todo:
+            unit = writer.get(todo.pop())
+            if unit is not None and unit.name not in wanted:
+                wanted.add(unit.name)
+                todo.extend(unit.reads)
+        return [unit for unit in self.local_units if unit.name in wanted]
+
+    def run(self, first: int, last: int, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Run units [first, last) on `values` (inputs and what is carried in); returns all tensors by name."""
+        units = self.units[first:last]
+        alive = dict(values)
+        for unit in [*self.locals_of(units), *units]:
+            alive.update(zip(unit.writes, unit(*(alive[name] for name in unit.reads)), strict=True))
+        return alive
+

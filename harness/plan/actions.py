@@ -1,0 +1,157 @@
+"""The eight actions, the collective that abbreviates three of them, and the commit marker.
+
+Each action joins one queue of its device in list order (`QUEUE_OF`). It starts when its queue is free and what
+it reads exists; a transfer starts when both ends are at the head of their queues. `Free` and `Commit` join no
+queue: a value is freed as soon as every earlier action of the list that touches it has ended.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from harness.plan.values import Range, Value
+
+COMPUTE, NIC_OUT, NIC_IN, STORAGE = QUEUES = ("compute", "nic-out", "nic-in", "storage")
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """One pass of `rows` of a micro-batch over the units [units[0], units[1]).
+
+    A forward pass writes the tensors carried to the next stage and what autograd saves. A backward pass reads
+    them with the gradients of the outputs, writes the gradients of the inputs, and adds to `accumulates`, the
+    weight gradients: the first addition of an iteration makes them. `weights` names the version computed with.
+    """
+
+    units: Range
+    direction: str
+    micro_batch: int
+    rows: Range
+    weights: tuple[Value, ...]
+    reads: tuple[Value, ...] = ()
+    writes: tuple[Value, ...] = ()
+    accumulates: tuple[Value, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send `value`, which may be a piece of a value held, to `peer`."""
+
+    value: Value
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Recv:
+    """Receive `value` from `peer`, which sends a value of the same key."""
+
+    value: Value
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Combine:
+    """Make one value of several. `op`: "sum" (of nothing: zeros), "concat" or "slice".
+
+    With `in_place` the result takes over the memory of the first value read.
+    """
+
+    op: str
+    reads: tuple[Value, ...]
+    write: Value
+    in_place: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The optimizer's update: gradients, weights and optimizer state to the next version of the weights, in place."""
+
+    gradients: tuple[Value, ...]
+    reads: tuple[Value, ...]
+    writes: tuple[Value, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Read `value` from storage."""
+
+    value: Value
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Write `value` to storage."""
+
+    value: Value
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    """Release the memory of `values`."""
+
+    values: tuple[Value, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """End of a round: once every device has reached it, the new weights are the ones to return to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """A ring collective over `group`, in ring order, stored once per member and expanded by `harness.plan.collectives`.
+
+    kind "all-reduce": every member's `value` (its part of a sum) becomes `result`, the whole sum, in place.
+    `shares` cuts the width into one chunk per member (None: as equal as possible).
+    """
+
+    kind: str
+    value: Value
+    result: Value
+    group: tuple[str, ...]
+    shares: tuple[int, ...] | None = None
+
+
+Action = Compute | Send | Recv | Combine | Step | Load | Store | Free | Commit | Collective
+
+QUEUE_OF: dict[type, str] = {
+    Compute: COMPUTE,
+    Combine: COMPUTE,
+    Step: COMPUTE,
+    Send: NIC_OUT,
+    Recv: NIC_IN,
+    Load: STORAGE,
+    Store: STORAGE,
+}
+
+
+def reads(action: Action) -> tuple[Value, ...]:
+    """The values that must exist before the action starts."""
+    match action:
+        case Compute():
+            return (*action.weights, *action.reads)
+        case Send() | Store():
+            return (action.value,)
+        case Combine():
+            return action.reads
+        case Step():
+            return (*action.gradients, *action.reads)
+        case Collective():
+            return (action.value,)
+        case _:
+            return ()
+
+
+def writes(action: Action) -> tuple[Value, ...]:
+    """The values that exist once the action has ended (accumulated gradients aside)."""
+    match action:
+        case Compute() | Step():
+            return action.writes
+        case Recv() | Load():
+            return (action.value,)
+        case Combine():
+            return (action.write,)
+        case Collective():
+            return (action.result,)
+        case _:
+            return ()

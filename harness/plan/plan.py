@@ -1,0 +1,65 @@
+"""Phases and the plan that lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from harness.plan.actions import Action
+from harness.plan.values import Range, Tensor, Value
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a device holds during a phase: unit ranges, and of each micro-batch the rows it works on.
+
+    `micro_batch_rows[m]` is the row range of micro-batch m; devices with the same units are declared replicas.
+    """
+
+    units: Range
+    micro_batch_rows: tuple[Range, ...]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One iteration's action list per device, done `repeat` times.
+
+    `live` are the values per device that exist when an iteration begins and, one version on, when it ends:
+    weights, optimizer state, buffers. `micro_batches` are row counts; `tied` are the groups of devices that
+    hold copies of one parameter (its gradient's value name -> devices).
+    """
+
+    name: str
+    micro_batches: tuple[int, ...]
+    shards: Mapping[str, Shard]
+    actions: Mapping[str, tuple[Action, ...]]
+    live: Mapping[str, tuple[Value, ...]]
+    tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    repeat: int = 1
+    training: bool = True
+
+    @property
+    def batch_size(self) -> int:
+        return sum(self.micro_batches)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A method's whole answer: tensors by name, phases in order, and a one-line summary for people.
+
+    `method` made it; `summary` holds grouping, layer cuts and shares, for the record.
+    One `Phase` object may stand at several places of `phases`.
+    """
+
+    method: str
+    num_units: int
+    tensors: Mapping[str, Tensor]
+    phases: tuple[Phase, ...]
+    summary: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        return tuple(self.phases[0].actions)
+
+    def bytes(self, value: Value) -> int:
+        return self.tensors[value.name].bytes(value)

@@ -1,0 +1,66 @@
+"""What happened, when, on which device and queue. One schema for every mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One action of one device. Times are seconds since the run began; `nbytes` is what a transfer moved.
+
+    `peer` is the other end of a transfer. `label` is for people: "F3 0:24", "all-reduce gradients@0:24".
+    """
+
+    device: str
+    queue: str
+    kind: str
+    label: str
+    start_s: float
+    end_s: float
+    phase: int
+    iteration: int
+    micro_batch: int = -1
+    nbytes: int = 0
+    peer: str = ""
+
+
+@dataclass(frozen=True)
+class PhaseTrace:
+    """One phase of the plan: when it began, how long all its repeats took, what moved."""
+
+    name: str
+    repeat: int
+    start_s: float
+    time_s: float
+    comm_bytes: int
+    iteration_s: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A run. `events` holds the iterations that were looked at one by one; the totals cover the whole run.
+
+    `busy_s[device][queue]`: seconds that a queue worked. `link_bytes[(src, dst)]`: bytes sent, whole run.
+    `peak_bytes[device]`: most bytes alive at once. `memory_bytes[device][kind]`: most bytes of each kind.
+    `memory_timeline[device]`: (time_s, bytes alive) at each change, over the events' iterations.
+    """
+
+    mode: str
+    devices: tuple[str, ...]
+    total_s: float
+    events: tuple[Event, ...]
+    phases: tuple[PhaseTrace, ...]
+    busy_s: Mapping[str, Mapping[str, float]]
+    link_bytes: Mapping[tuple[str, str], int]
+    peak_bytes: Mapping[str, int]
+    memory_bytes: Mapping[str, Mapping[str, int]]
+    memory_timeline: Mapping[str, tuple[tuple[float, int], ...]] = field(default_factory=dict)
+
+    @property
+    def comm_bytes(self) -> int:
+        return sum(self.link_bytes.values())
+
+    def of(self, device: str) -> Iterator[Event]:
+        return (event for event in self.events if event.device == device)
