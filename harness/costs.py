@@ -5,7 +5,7 @@ Every quantity is affine in the number of rows (samples): `fixed + per_row * row
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -78,7 +78,7 @@ class UnitCost:
     and that this unit keeps for its backward pass are named in `saves`, so that a range counts them once.
 
     `workspace`: bytes alive at the worst moment of the pass beyond what is alive before it and, for the
-    forward pass, what stays after it; a unit's own weight gradients are not in it.
+    forward pass, what stays after it. The gradients of what the unit reads are in it, those of its weights are not.
     `local` units (masks, position biases) are cheap and run on every device that reads what they write.
     """
 
@@ -208,23 +208,65 @@ class Costs:
         return sum(unit.buffers_bytes for unit in self.executed(first, last))
 
     def workspace(self, first: int, last: int, direction: str, rows: int, new_gradients: bool = False) -> int:
-        """Bytes beyond those alive before and after, at the worst moment of a pass over the range.
+        """Bytes at the worst moment of a pass over the range beyond those alive before it and those that it leaves.
 
-        The backward walk frees what each unit saved and, with `new_gradients`, makes its weight gradients.
+        A forward pass leaves what autograd saves and the tensors that cross the end of the range; other tensors
+        between its units live until their last reader. A backward pass leaves the gradients of the tensors that
+        cross the start; on its way it frees what each unit saved. With `new_gradients` its weight gradients come
+        to life in it and count too, else they exist, and one at a time is added to them.
         """
+        cache: dict[tuple[object, ...], int] = self.__dict__.setdefault("_workspace_cache", {})
+        key = (first, last, direction, rows, new_gradients)
+        if key not in cache:
+            forward = direction == FORWARD
+            cache[key] = int(
+                self._forward_workspace(first, last, rows)
+                if forward
+                else self._backward_workspace(first, last, rows, new_gradients)
+            )
+        return cache[key]
+
+    def _forward_workspace(self, first: int, last: int, rows: int) -> float:
         units = list(self.executed(first, last))
-        if direction == FORWARD:
-            return int(max(unit.forward_workspace.at(rows) for unit in units))
+        last_use = {name: index for index, unit in enumerate(units) for name in (*unit.writes, *unit.reads)}
+        stays = {*self.saves(first, last), *self.carried(last), *units[-1].writes}
+        written: set[str] = set()
         alive, worst = 0.0, 0.0
-        held: set[str] = set()
-        for unit in reversed(units):
+        for index, unit in enumerate(units):
+            written.update(unit.writes)
+            alive += unit.saved.at(rows) + self._bytes(unit.writes, rows)
+            worst = max(worst, alive + unit.forward_workspace.at(rows))
+            done = {name for name in (*unit.writes, *unit.reads) if last_use[name] == index}
+            alive -= self._bytes((done & written) - stays, rows)
+        return worst - alive
+
+    def _backward_workspace(self, first: int, last: int, rows: int, new_gradients: bool) -> float:
+        units = list(self.executed(first, last))
+        written = {name for unit in units for name in unit.writes}
+        first_saver: dict[str, int] = {}
+        for index, unit in enumerate(units):
+            for name in written.intersection(unit.saves):
+                first_saver.setdefault(name, index)
+        alive, worst = 0.0, 0.0
+        weights: set[str] = set()
+        gradients: set[str] = set()
+        for index, unit in reversed(list(enumerate(units))):
+            own = {p: self.parameters[p].bytes for p in unit.parameters if self.parameters[p].trainable}
             if new_gradients:
-                fresh = [p for p in unit.parameters if p not in held and self.parameters[p].trainable]
-                held.update(fresh)
-                alive += sum(self.parameters[p].bytes for p in fresh)
-            worst = max(worst, alive + unit.backward_workspace.at(rows))
-            alive -= unit.saved.at(rows)
-        return int(worst)
+                alive += sum(nbytes for p, nbytes in own.items() if p not in weights)
+                weights.update(own)
+                worst = max(worst, alive + unit.backward_workspace.at(rows))
+            else:
+                worst = max(worst, alive + unit.backward_workspace.at(rows) + max(own.values(), default=0))
+            made = {name for name in unit.reads if self.tensors[name].needs_grad} - gradients
+            alive += self._bytes(made, rows) - self._bytes(gradients.intersection(unit.writes), rows)
+            gradients |= made
+            saved = {name for name in written.intersection(unit.saves) if first_saver[name] == index}
+            alive -= unit.saved.at(rows) + self._bytes(saved, rows)
+        return max(0.0, worst - self._bytes(gradients.intersection(self.carried(first)), rows))
+
+    def _bytes(self, names: Iterable[str], rows: int) -> int:
+        return sum(self.tensors[name].bytes(rows) for name in names)
 
     def seconds(self, device: Device, first: int, last: int, direction: str, rows: int) -> float:
         """Time of one pass of `rows` rows over the range on the device."""

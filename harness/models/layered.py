@@ -77,4 +77,3 @@ class Layered:
         for unit in [*self.locals_of(units), *units]:
             alive.update(zip(unit.writes, unit(*(alive[name] for name in unit.reads)), strict=True))
         return alive
-

@@ -102,14 +102,12 @@ class Collective:
     """A ring collective over `group`, in ring order, stored once per member and expanded by `harness.plan.collectives`.
 
     kind "all-reduce": every member's `value` (its part of a sum) becomes `result`, the whole sum, in place.
-    `shares` cuts the width into one chunk per member (None: as equal as possible).
     """
 
     kind: str
     value: Value
     result: Value
     group: tuple[str, ...]
-    shares: tuple[int, ...] | None = None
 
 
 Action = Compute | Send | Recv | Combine | Step | Load | Store | Free | Commit | Collective

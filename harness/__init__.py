@@ -1,0 +1,24 @@
+"""Orrery's shared machinery: from a workload and a method's plan to a trace and a record.
+
+import harness
+record = harness.run(method="eddl", model="t5-base", testbed="pac-nano-4", dataset="mrpc", batch_size=16)
+record.throughput_samples_per_s
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from harness.records import Record
+
+
+def run(*, options: Mapping[str, object] | None = None, **named: Any) -> Record:
+    """One run, named as on the command line (`batch_size` for `--batch-size`); returns what `--json` prints.
+
+    `options` are the method's own. Nothing is written. Raises `harness.errors.OrreryError` for bad input.
+    """
+    from harness import experiment, runner
+
+    return runner.run(experiment.one(named, options or {}))

@@ -1,0 +1,264 @@
+"""The command `orrery`. Standard output carries the result and nothing else; progress and errors are beside it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from harness.errors import OrreryError
+
+if TYPE_CHECKING:
+    from harness.experiment import Request
+
+#: Bad input, or nothing that was asked for could be run.
+REFUSED = 2
+#: A run broke, or a comparison failed.
+FAILED = 1
+
+
+class Commands(typer.core.TyperGroup):
+    """The commands in the order of this file; an `OrreryError` is one paragraph and exit code 2."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OrreryError as error:
+            print(f"orrery: {error}", file=sys.stderr)
+            raise typer.Exit(REFUSED) from error
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Benchmark and reproduce collaborative edge AI: plan, simulate, run and compare.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Method = Annotated[str | None, typer.Option("--method", help="name of a method, or path of a Python file")]
+PlanFile = Annotated[str | None, typer.Option("--plan", help="a saved or hand-written plan instead of a method")]
+Model = Annotated[str | None, typer.Option("--model")]
+Technique = Annotated[str | None, typer.Option("--technique", help="full (default) or inference")]
+Dataset = Annotated[str | None, typer.Option("--dataset", help="default: mrpc for text, digits for images")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", help="default: 16")]
+SeqLen = Annotated[int | None, typer.Option("--seq-len", help="tokens; default: the data set's")]
+DecoderSeqLen = Annotated[int | None, typer.Option("--decoder-seq-len", help="tokens; default: 1")]
+ImageSize = Annotated[int | None, typer.Option("--image-size", help="pixels; default: the data set's")]
+Epochs = Annotated[int | None, typer.Option("--epochs", help="default: 1")]
+Steps = Annotated[int | None, typer.Option("--steps", help="iterations, instead of epochs")]
+Optimizer = Annotated[str | None, typer.Option("--optimizer", help="sgd (default), sgd-momentum or adamw")]
+LearningRate = Annotated[float | None, typer.Option("--learning-rate")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="default: float32")]
+Attention = Annotated[str | None, typer.Option("--attn-implementation", help="eager (default) or sdpa")]
+Dropout = Annotated[float | None, typer.Option("--dropout", help="default: the model's own")]
+Checkpoint = Annotated[str | None, typer.Option("--checkpoint", help="folder or hub name; default: seeded weights")]
+Seed = Annotated[int | None, typer.Option("--seed")]
+Testbed = Annotated[str | None, typer.Option("--testbed", help="name of a testbed, or path of a TOML file")]
+Mode = Annotated[str | None, typer.Option("--mode", help="simulated (default), emulated or real")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="METHOD.OPTION=VALUE", help="option of a method")]
+Out = Annotated[Path, typer.Option("--out", help="folder of results")]
+Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, nothing else")]
+DEFAULT_OUT = Path("orrery-runs")
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str, typer.Argument(metavar="systems|baselines|testbeds|devices|models|datasets|experiments")],
+    check: Annotated[bool, typer.Option("--check", help="import each method and name the broken ones")] = False,
+) -> None:
+    """List what can be named."""
+    from harness import listing
+
+    entries = listing.entries(kind)
+    for name, summary in entries:
+        print(f"{name:<28}  {summary}".rstrip())
+    if check:
+        broken = listing.broken(kind)
+        for name, why in broken.items():
+            print(f"broken: {name}: {why}")
+        raise typer.Exit(FAILED if broken else 0)
+
+
+@app.command()
+def doctor(testbed: Testbed = None, out: Out = DEFAULT_OUT, as_json: Json = False) -> None:
+    """Check this installation and machine."""
+    import dataclasses
+
+    from harness.doctor import examine
+
+    checks = examine(out, testbed)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(check) for check in checks]))
+    else:
+        for check in checks:
+            print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name}: {check.found}")
+            if check.remedy:
+                print(f"      {check.remedy}")
+    raise typer.Exit(0 if all(check.ok for check in checks) else FAILED)
+
+
+@app.command()
+def plan(
+    ctx: typer.Context,
+    method: Method = None,
+    plan_file: PlanFile = None,
+    model: Model = None,
+    technique: Technique = None,
+    dataset: Dataset = None,
+    batch_size: BatchSize = None,
+    seq_len: SeqLen = None,
+    decoder_seq_len: DecoderSeqLen = None,
+    image_size: ImageSize = None,
+    epochs: Epochs = None,
+    steps: Steps = None,
+    optimizer: Optimizer = None,
+    dtype: Dtype = None,
+    attn_implementation: Attention = None,
+    testbed: Testbed = None,
+    options: Set = None,
+    picture: Annotated[Path | None, typer.Option(help="draw the first iteration: .svg, .pdf or .png")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Chrome trace of the simulated run")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="the plan itself, for --plan")] = False,
+) -> None:
+    """Show a method's plan, without running it."""
+    from harness import runner
+    from harness.plan import serial
+    from harness.plan.text import describe
+
+    (request,) = _flags(ctx)
+    costs, made = runner.make_plan(request)
+    print(serial.to_json(made) if as_json else describe(made), end="")
+    if picture is None and trace is None:
+        return
+    from harness.picture import gantt
+    from harness.simulator import simulate
+    from harness.trace_export import write_chrome_trace
+
+    cluster = request.testbed.cluster
+    simulated = simulate(made, costs, cluster)
+    if picture is not None:
+        budget = {device.name: device.memory_bytes for device in cluster.devices}
+        gantt(simulated, picture, title=str(request), memory_budget_bytes=budget)
+    if trace is not None:
+        write_chrome_trace(simulated, trace)
+
+
+@app.command()
+def run(
+    ctx: typer.Context,
+    experiment: Annotated[Path | None, typer.Argument(help="TOML file; lists in it are a sweep")] = None,
+    method: Method = None,
+    plan_file: PlanFile = None,
+    model: Model = None,
+    technique: Technique = None,
+    dataset: Dataset = None,
+    batch_size: BatchSize = None,
+    seq_len: SeqLen = None,
+    decoder_seq_len: DecoderSeqLen = None,
+    image_size: ImageSize = None,
+    epochs: Epochs = None,
+    steps: Steps = None,
+    optimizer: Optimizer = None,
+    learning_rate: LearningRate = None,
+    dtype: Dtype = None,
+    attn_implementation: Attention = None,
+    dropout: Dropout = None,
+    checkpoint: Checkpoint = None,
+    seed: Seed = None,
+    testbed: Testbed = None,
+    mode: Mode = None,
+    repeats: Annotated[int | None, typer.Option(help="medians of N; simulated runs need no repeating")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="folder of the data set's files; default: the hub")] = None,
+    options: Set = None,
+    force: Annotated[bool, typer.Option("--force", help="repeat runs that are finished")] = False,
+    out: Out = DEFAULT_OUT,
+    as_json: Json = False,
+) -> None:
+    """Run one method on one testbed, or the sweep of an experiment file."""
+    from harness import show, store
+    from harness.experiment import read
+    from harness.runner import sweep
+
+    if experiment is not None and any(_tables(ctx).values()):
+        raise OrreryError(f"The run is described twice: by {experiment} and by flags. Put everything into one of them.")
+    requests = read(experiment) if experiment is not None else _flags(ctx)
+    records = []
+    with show.progress(len(requests)) as ended:
+        for outcome in sweep(requests, out, force):
+            records.append(outcome.record)
+            if as_json:
+                print(outcome.record.json_line(), flush=True)
+            ended(f"{outcome.request}: {show.ending(outcome.record)}{' (done before)' if outcome.skipped else ''}")
+    store.table(out)
+    if not as_json:
+        print(show.records_table(records))
+    statuses = {record.status for record in records}
+    raise typer.Exit(FAILED if "failed" in statuses else REFUSED if statuses == {"unsupported"} else 0)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="results folder or record file")],
+    b: Annotated[Path, typer.Argument(help="results folder or record file")],
+    fail_if: Annotated[
+        list[str] | None, typer.Option(help="FIELD:N% - exit code 1 if the field is worse in B by more")
+    ] = None,
+) -> None:
+    """Ratios of the metrics of the runs that A and B share."""
+    from harness import show
+    from harness.compare import compare as rows_of
+    from harness.compare import parse_limit, read
+
+    limits = [parse_limit(text) for text in fail_if or ()]
+    rows = rows_of(read(a), read(b))
+    cells = [[row.run, row.field, *map(show.number, (row.a, row.b, row.ratio))] for row in rows]
+    print(show.columns(("run", "field", "a", "b", "b / a"), cells))
+    worse = [f"{row.run}: {row.field}" for row in rows if any(row.worse_than(limit) for limit in limits)]
+    for text in worse:
+        print(f"worse: {text}", file=sys.stderr)
+    raise typer.Exit(FAILED if worse else 0)
+
+
+def _flags(ctx: typer.Context) -> list[Request]:
+    """The requests that the flags of a command ask for."""
+    from harness.experiment import expand
+
+    return expand(_tables(ctx), "the command line")
+
+
+def _tables(ctx: typer.Context) -> dict[str, dict[str, Any]]:
+    """The flags that were given, as the tables of an experiment file."""
+    from harness.experiment import KEYS
+
+    given = {**ctx.params, "plan": ctx.params["plan_file"]}
+    tables: dict[str, dict[str, Any]] = {
+        section: {key: given[key] for key in keys if given.get(key) is not None} for section, keys in KEYS.items()
+    }
+    return {**tables, "options": _options(given["options"] or ())}
+
+
+def _options(settings: Iterable[str]) -> dict[str, dict[str, object]]:
+    """`method.option=value`; the value as TOML reads it, or the text itself where it reads none."""
+    from harness.experiment import toml_value
+
+    options: dict[str, dict[str, object]] = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        method, dot, option = name.partition(".")
+        if not (equals and dot and method and option):
+            raise OrreryError(f"--set is {setting!r}. Allowed is METHOD.OPTION=VALUE, such as eddl.shares=speed.")
+        options.setdefault(method, {})[option] = toml_value(value)
+    return options
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,274 @@
+"""What is asked for: one request per run, from flags, from Python, or from a TOML file whose lists are a sweep.
+
+[workload]                       # fields of `harness.workload.Workload`; the data set gives the rest
+model = ["t5-base", "bart-large"]
+dataset = "mrpc"
+batch_size = 16
+
+[run]
+method = ["eddl", "gpipe"]
+testbed = "pac-nano-4"
+mode = "simulated"
+
+[options.eddl]                   # a method's own options
+shares = ["equal", "proportional"]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from harness import datasets, models, registry
+from harness.errors import OrreryError, unknown_name
+from harness.records import SCHEMA_VERSION
+from harness.registry import Method, Testbed
+from harness.workload import Workload
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+#: Section -> key -> type. A list of that type is a sweep.
+KEYS: dict[str, dict[str, type]] = {
+    "workload": {
+        "model": str,
+        "dataset": str,
+        "technique": str,
+        "batch_size": int,
+        "seq_len": int,
+        "decoder_seq_len": int,
+        "image_size": int,
+        "epochs": int,
+        "steps": int,
+        "optimizer": str,
+        "learning_rate": float,
+        "dtype": str,
+        "attn_implementation": str,
+        "dropout": float,
+        "checkpoint": str,
+        "seed": int,
+    },
+    "run": {"method": str, "plan": str, "testbed": str, "mode": str, "repeats": int, "data_dir": str},
+}
+DEFAULT_DATASETS = {"text": "mrpc", "image": "digits"}
+#: PAC (ICPP 2024) trains with mini-batches of 16.
+DEFAULT_BATCH_SIZE = 16
+CONTRADICTIONS = ((("workload", "epochs"), ("workload", "steps")), (("run", "method"), ("run", "plan")))
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One run that is asked for, with every name looked up. `options` are the method's, defaults included."""
+
+    method: Method
+    options: Mapping[str, object] = field(hash=False)
+    workload: Workload
+    testbed: Testbed
+    mode: str
+    repeats: int = 1
+    data_dir: str | None = None
+
+    @property
+    def config_hash(self) -> str:
+        """Names this run: equal for equal questions, whatever version of the code answers them."""
+        asked = {
+            "schema_version": SCHEMA_VERSION,
+            "method": [self.method.name, self.method.digest],
+            "options": dict(self.options),
+            "workload": dataclasses.asdict(self.workload),
+            "testbed": [self.testbed.name, dataclasses.asdict(self.testbed.cluster)],
+            "mode": self.mode,
+            "repeats": self.repeats,
+            "data_dir": self.data_dir,
+        }
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        w = self.workload
+        return f"{self.method.name} · {w.model} · {w.technique} · {w.dataset} · {self.testbed.name} · {self.mode}"
+
+
+def read(path: Path) -> list[Request]:
+    """The requests of an experiment file, in the order of its sweep: methods change fastest."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OrreryError(f"The experiment {path} can't be read: {error.strerror or error}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OrreryError(f"The experiment {path} is not valid TOML: {error}.") from error
+    return expand(tables, str(path))
+
+
+def expand(tables: Mapping[str, Any], source: str) -> list[Request]:
+    """The Cartesian product of every list in the tables `workload`, `run` and `options`.
+
+    `source` names the tables in messages: a file, or "the command line". Everything that can be refused
+    without planning is refused here, before the first run.
+    """
+    _check(tables, source)
+    workloads = [_workload(values, source) for values in _product(tables.get("workload", {}))]
+    requests = [
+        request
+        for workload in workloads
+        for values in _product(tables.get("run", {}))
+        for request in _requests(workload, values, tables.get("options", {}))
+    ]
+    _every_option_used(tables.get("options", {}), requests, source)
+    return requests
+
+
+def toml_value(text: str) -> object:
+    """A value as TOML reads it (`false`, `4`, `[1, 2]`), or the text itself where it is none."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _check(tables: Mapping[str, Any], source: str) -> None:
+    for section, table in tables.items():
+        if section not in (*KEYS, "options"):
+            _refuse(source, section, "is no section", f"Allowed are: {', '.join((*KEYS, 'options'))}")
+        if not isinstance(table, Mapping):
+            _refuse(source, section, f"is {table!r}", f"Allowed is a table: [{section}]")
+        if section == "options":
+            for method, options in table.items():
+                if not isinstance(options, Mapping):
+                    _refuse(source, f"options.{method}", f"is {options!r}", "Allowed is a table: [options.METHOD]")
+            continue
+        for key, value in table.items():
+            if key not in KEYS[section]:
+                raise OrreryError(f"In {source}: {unknown_name(f'key in [{section}]', key, KEYS[section])}")
+            for one in value if isinstance(value, list) else [value]:
+                _check_type(source, f"{section}.{key}", one, KEYS[section][key])
+            if value == []:
+                _refuse(source, f"{section}.{key}", "is an empty list", "Allowed is at least one value")
+    for (section, key), (other_section, other) in CONTRADICTIONS:
+        if key in tables.get(section, {}) and other in tables.get(other_section, {}):
+            both = f"{section}.{key} and {other_section}.{other}"
+            _refuse(source, both, "contradict each other", "Allowed is one of them")
+    run = tables.get("run", {})
+    required = ("workload.model", "run.testbed", *(() if "plan" in run else ("run.method",)))
+    for name in required:
+        section, key = name.split(".")
+        if key not in tables.get(section, {}):
+            _refuse(source, name, "is missing", f"It must name a {key}; `orrery list` shows which there are")
+
+
+def _check_type(source: str, name: str, value: object, wanted: type) -> None:
+    """A whole number will do for a number; a truth value is no number."""
+    fits = type(value) is wanted or (wanted is float and type(value) is int)
+    if not fits:
+        _refuse(source, name, f"is {value!r}", f"Allowed is {WORDS[wanted]}, or a list of them")
+
+
+def _refuse(source: str, key: str, found: str, allowed: str) -> NoReturn:
+    raise OrreryError(f"In {source}: {key} {found}. {allowed}.")
+
+
+def _product(table: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    axes = [value if isinstance(value, list) else [value] for value in table.values()]
+    for values in itertools.product(*axes):
+        yield dict(zip(table, values, strict=True))
+
+
+def _workload(values: Mapping[str, Any], source: str) -> Workload:
+    """The data set gives the number of samples, the labels and the shape; a shape that is asked for goes first."""
+    images = reads_images(values["model"])
+    spec = datasets.spec(values.get("dataset", DEFAULT_DATASETS["image" if images else "text"]))
+    shape: dict[str, Any] = {"seq_len": spec.seq_len}
+    if images:
+        shape = {"seq_len": None, "image_size": spec.image_size, "num_channels": spec.num_channels}
+    size = {"num_samples": spec.num_samples, "num_labels": spec.num_labels, "batch_size": DEFAULT_BATCH_SIZE}
+    try:
+        return Workload(**{**size, **shape, **values, "dataset": spec.name})
+    except OrreryError as error:
+        raise OrreryError(f"In {source}: {error}") from error
+
+
+def reads_images(model: str) -> bool:
+    return models.MODULE_OF.get(models.entry(model).family) == "cnn"
+
+
+def _requests(workload: Workload, run: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[Request]:
+    method = planned(Path(run["plan"])) if "plan" in run else registry.load_method(run["method"])
+    testbed = registry.load_testbed(run["testbed"])
+    mode = run.get("mode", "simulated")
+    if mode not in registry.MODES:
+        raise unknown_name("mode", mode, registry.MODES)
+    for chosen in _product(options.get(method.name, {})):
+        yield Request(
+            method=method,
+            options={**method.options, **{name: _option(method, name, value) for name, value in chosen.items()}},
+            workload=workload,
+            testbed=testbed,
+            mode=mode,
+            repeats=run.get("repeats", 1),
+            data_dir=run.get("data_dir"),
+        )
+
+
+def planned(path: Path) -> Method:
+    """A saved or hand-written plan as a method that always gives this plan."""
+    from harness.plan import serial
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OrreryError(f"The plan {path} can't be read: {error}.") from error
+    plan = serial.from_json(text, str(path))
+    return Method(plan.method, {}, lambda *_: plan, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _option(method: Method, name: str, value: object) -> object:
+    """An option's value, of the type of its default."""
+    if name not in method.options:
+        if not method.options:
+            raise OrreryError(f"The method {method.name} has no options, so {name!r} can't be set.")
+        raise unknown_name(f"option of {method.name}", name, method.options)
+    default = method.options[name]
+    wanted = type(default)
+    if default is None or type(value) is wanted or (wanted is float and type(value) is int):
+        return value
+    raise OrreryError(
+        f"The option {method.name}.{name} is {value!r}. "
+        f"Allowed is {WORDS.get(wanted, wanted.__name__)}, such as its default {default!r}."
+    )
+
+
+def _every_option_used(options: Mapping[str, Any], requests: Iterable[Request], source: str) -> None:
+    """An option of a method that is not asked for would do nothing: say so instead."""
+    asked = {request.method.name for request in requests}
+    for method in options:
+        if method not in asked:
+            found = "sets options of a method that is not run"
+            _refuse(source, f"options.{method}", found, f"Run are: {', '.join(sorted(asked))}")
+
+
+def one(named: Mapping[str, Any], options: Mapping[str, object]) -> Request:
+    """The request of a call from Python: keys of all sections in one mapping, options of the one method."""
+    tables: dict[str, dict[str, Any]] = {
+        section: {key: named[key] for key in keys if named.get(key) is not None} for section, keys in KEYS.items()
+    }
+    known = [key for keys in KEYS.values() for key in keys]
+    for key in named:
+        if key not in known:
+            raise unknown_name("argument", key, known)
+    if options:
+        if "method" not in tables["run"]:
+            raise OrreryError("The call sets options, but names no method that they belong to. Give method=.")
+        tables["options"] = {registry.load_method(tables["run"]["method"]).name: dict(options)}
+    requests = expand(tables, "the call")
+    if len(requests) != 1:
+        raise OrreryError(f"The call names {len(requests)} runs. Give one value each, or use an experiment file.")
+    return requests[0]

@@ -1,0 +1,88 @@
+"""The memory ledger: every byte from the action that takes it to the action that gives it back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from harness.plan.flow import Graph
+from harness.plan.values import KINDS
+
+_KIND_INDEX = {kind: index for index, kind in enumerate(KINDS)}
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Most bytes alive at once per device, most bytes of each kind, and the bytes alive after each change."""
+
+    total: Mapping[str, int]
+    by_kind: Mapping[str, Mapping[str, int]]
+    timeline: Mapping[str, tuple[tuple[int, int], ...]]
+
+
+class Ledger:
+    """Collects what iterations take and give back (times in any integer unit), then finds the peaks.
+
+    Changes at one instant are netted: what an ending action releases is there for the one that starts.
+    """
+
+    def __init__(self, devices: Sequence[str]) -> None:
+        self._devices = tuple(devices)
+        self._columns: list[np.ndarray] = []
+        self._live: list[np.ndarray] = [np.zeros(len(KINDS), dtype=np.int64) for _ in devices]
+
+    def add(self, graph: Graph, start: Sequence[int], end: Sequence[int], workspace: Mapping[int, int]) -> None:
+        """One iteration, whose node n ran from start[n] to end[n] with `workspace[n]` bytes for its own use."""
+        rows: list[tuple[int, int, int, int]] = []
+        live = [np.zeros(len(KINDS), dtype=np.int64) for _ in self._devices]
+        began = [
+            min((start[graph.begins[q]] for q in graph.begins if q // 4 == d), default=0) for d in range(len(live))
+        ]
+        for entry in graph.allocations:
+            kind = _KIND_INDEX[entry.kind]
+            if entry.taken < 0:
+                live[entry.device][kind] += entry.nbytes
+                continue
+            taken = end[entry.taken] if entry.at_end else start[entry.taken]
+            rows.append((taken, entry.device, kind, entry.nbytes))
+            if entry.released is not None:
+                rows.append((max(end[n] for n in entry.released), entry.device, kind, -entry.nbytes))
+        activations = _KIND_INDEX["activations"]
+        for node, nbytes in workspace.items():
+            if nbytes:
+                rows.append((start[node], graph.device[node], activations, nbytes))
+                rows.append((end[node], graph.device[node], activations, -nbytes))
+        for device, (before, after) in enumerate(zip(self._live, live, strict=True)):
+            for kind in np.flatnonzero(before != after):
+                rows.append((began[device], device, int(kind), int(after[kind] - before[kind])))
+        self._live = live
+        if rows:
+            self._columns.append(np.array(rows, dtype=np.int64))
+
+    def settle(self) -> Peaks:
+        rows = np.concatenate(self._columns) if self._columns else np.zeros((0, 4), dtype=np.int64)
+        total: dict[str, int] = {}
+        by_kind: dict[str, dict[str, int]] = {}
+        timeline: dict[str, tuple[tuple[int, int], ...]] = {}
+        for index, name in enumerate(self._devices):
+            mine = rows[rows[:, 1] == index]
+            times, alive = _running(mine[:, 0], mine[:, 3])
+            total[name] = int(alive.max(initial=0))
+            timeline[name] = tuple(zip(times.tolist(), alive.tolist(), strict=True))
+            by_kind[name] = {
+                kind: int(_running(mine[mine[:, 2] == k][:, 0], mine[mine[:, 2] == k][:, 3])[1].max(initial=0))
+                for kind, k in _KIND_INDEX.items()
+            }
+        return Peaks(total, by_kind, timeline)
+
+
+def _running(times: np.ndarray, deltas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct times, and the bytes alive from each on."""
+    if not len(times):
+        return times, deltas
+    order = np.argsort(times, kind="stable")
+    times, deltas = times[order], deltas[order]
+    firsts = np.flatnonzero(np.r_[True, times[1:] != times[:-1]])
+    return times[firsts], np.cumsum(np.add.reduceat(deltas, firsts))

@@ -1,0 +1,103 @@
+"""From a trace to the measured fields of a record. One definition of every metric, for every mode."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from harness import power
+from harness.cluster import Cluster
+from harness.plan.actions import COMPUTE, NIC_IN, NIC_OUT
+from harness.plan.values import KINDS
+from harness.trace import Trace
+from harness.workload import Workload
+
+#: Measured numbers that vary between repeats of a run: the record gives the median and the interquartile range.
+REPEATED = (
+    "total_time_s",
+    "time_per_sample_s",
+    "device_time_per_sample_s",
+    "throughput_samples_per_s",
+    "latency_s",
+    "comm_time_s",
+    "compute_time_s",
+    "bubble_fraction",
+    "energy_j",
+    "energy_net_of_idle_j",
+)
+
+
+def measure(trace: Trace, workload: Workload, cluster: Cluster) -> dict[str, Any]:
+    """Record fields of one run: times, where they went, bytes, memory and energy.
+
+    `device_time_per_sample_s`: compute-queue seconds of all devices over samples (PAC, Figure 8).
+    `comm_time_s`: the busiest single network queue, so that sending and receiving at once counts once.
+    `bubble_fraction`: 1 - mean over devices of (compute-queue seconds / total time): waiting for others and
+    for transfers alike. With equal stages and free transfers it is (p-1)/(m+p-1) for GPipe and 1F1B.
+    """
+    samples, total = workload.total_samples, trace.total_s
+    computing = [trace.busy_s[device].get(COMPUTE, 0.0) for device in trace.devices]
+    networking = [trace.busy_s[device].get(queue, 0.0) for device in trace.devices for queue in (NIC_OUT, NIC_IN)]
+    return {
+        "total_time_s": total,
+        "time_per_sample_s": total / samples,
+        "device_time_per_sample_s": sum(computing) / samples,
+        "throughput_samples_per_s": samples / total,
+        "latency_s": None if workload.training else total / sum(repeat for _, repeat in workload.batches()),
+        "phases": [
+            {"name": p.name, "repeat": p.repeat, "time_s": p.time_s, "comm_bytes": p.comm_bytes} for p in trace.phases
+        ],
+        "comm_bytes": trace.comm_bytes,
+        "comm_time_s": max(networking),
+        "compute_time_s": max(computing),
+        "bubble_fraction": 1 - sum(computing) / len(computing) / total,
+        **memory(trace),
+        **energy(trace, cluster),
+    }
+
+
+def memory(trace: Trace) -> dict[str, Any]:
+    """Record fields of the memory ledger. True of a run that does not fit, too."""
+    return {
+        "peak_memory_bytes": max(trace.peak_bytes[device] for device in trace.devices),
+        "memory": {
+            device: {
+                "peak_bytes": trace.peak_bytes[device],
+                **{f"{kind}_bytes": trace.memory_bytes[device].get(kind, 0) for kind in KINDS},
+            }
+            for device in trace.devices
+        },
+    }
+
+
+def energy(trace: Trace, cluster: Cluster) -> dict[str, Any]:
+    """Record fields of the modelled energy; none where a device's power is unknown."""
+    modelled = power.energy(trace, cluster)
+    if modelled is None:
+        return {}
+    return {
+        "energy_j": modelled.gross_j,
+        "energy_net_of_idle_j": modelled.net_of_idle_j,
+        "energy_source": modelled.source,
+        "energy": {device: dataclasses.asdict(parts) for device, parts in modelled.devices.items()},
+    }
+
+
+def repeated(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several measurements of the same run as one: median and interquartile range of each number in `REPEATED`.
+
+    What has parts (phases, memory, energy per device) is that of the run whose total time is the (lower) median.
+    """
+    totals = [run["total_time_s"] for run in runs]
+    merged: dict[str, Any] = dict(runs[totals.index(statistics.median_low(totals))])
+    if len(runs) == 1:
+        return merged
+    iqr: dict[str, float] = {}
+    for name in REPEATED:
+        values = [run[name] for run in runs if run.get(name) is not None]
+        if values:
+            low, merged[name], high = statistics.quantiles(values, n=4, method="inclusive")
+            iqr[name] = high - low
+    return {**merged, "iqr": iqr, "repeats": len(runs)}

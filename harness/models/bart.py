@@ -1,0 +1,126 @@
+"""BART with a linear classifier (Lewis et al., ACL 2020). Norms follow the residual sums."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import BartModel
+from transformers.models.bart.modeling_bart import (
+    BartAttention,
+    BartDecoder,
+    BartDecoderLayer,
+    BartEncoder,
+    BartEncoderLayer,
+)
+
+from harness.models import ModelEntry, masks, pretrained
+from harness.models.chain import Chain
+from harness.models.classifier import EncoderDecoderClassifier
+from harness.models.layered import Layered
+from harness.workload import Workload
+
+DROPOUTS = ("dropout", "attention_dropout", "activation_dropout")
+NEEDS = {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
+
+Layer = BartEncoderLayer | BartDecoderLayer
+
+
+def build(entry: ModelEntry, workload: Workload) -> Layered:
+    model = pretrained.load(BartModel, entry, workload, DROPOUTS, NEEDS)
+    root = EncoderDecoderClassifier(model)
+    chain = Chain(workload)
+
+    chain.layer("encoder.embedding")
+    chain.local("mask", "mask", ["attention_mask"], partial(masks.padding, dtype=chain.dtype))
+    hidden = _embedding(chain, "input_ids", model, model.encoder)
+    for index, layer in enumerate(model.encoder.layers):
+        chain.layer(f"encoder.{index}")
+        hidden = _self_attention(chain, layer, hidden, "mask")
+        hidden = _mlp(chain, layer, hidden)
+    memory = hidden
+
+    chain.layer("decoder.embedding")
+    mask = None
+    if workload.decoder_seq_len > 1:
+        mask = "decoder.mask"
+        chain.local(mask, "mask", ["decoder_input_ids"], partial(masks.causal, dtype=chain.dtype))
+    hidden = _embedding(chain, "decoder_input_ids", model, model.decoder)
+    for index, layer in enumerate(model.decoder.layers):
+        chain.layer(f"decoder.{index}")
+        hidden = _self_attention(chain, layer, hidden, mask)
+        hidden = _cross_attention(chain, layer, hidden, memory)
+        hidden = _mlp(chain, layer, hidden)
+
+    chain.layer("head")
+    inputs = ["input_ids", "attention_mask", "decoder_input_ids"]
+    return chain.close(root, inputs, [hidden], root.classify, [root.classifier])
+
+
+def _embedding(chain: Chain, ids: str, model: BartModel, stack: BartEncoder | BartDecoder) -> str:
+    def embed(ids: Tensor) -> Tensor:
+        x = stack.layernorm_embedding(model.shared(ids) + stack.embed_positions(ids))
+        return functional.dropout(x, p=stack.dropout, training=stack.training)
+
+    modules = [model.shared, stack.embed_positions, stack.layernorm_embedding]
+    (hidden,) = chain.unit("tokens", "embedding", [ids], ["hidden"], embed, modules)
+    return hidden
+
+
+def _self_attention(chain: Chain, layer: Layer, hidden: str, mask: str | None) -> str:
+    inner = layer.self_attn
+
+    def qkv(x: Tensor) -> tuple[Tensor, ...]:
+        return inner.q_proj(x), inner.k_proj(x), inner.v_proj(x)
+
+    q, k, v = chain.unit("qkv", "qkv", [hidden], ["q", "k", "v"], qkv, [inner.q_proj, inner.k_proj, inner.v_proj])
+    context = _attend(chain, inner, q, k, v, mask, "")
+    (x,) = chain.unit("projection", "projection", [context], ["projected"], inner.out_proj)
+    return _connective(chain, "attention-connective", layer, layer.self_attn_layer_norm, x, hidden, "attended")
+
+
+def _cross_attention(chain: Chain, layer: BartDecoderLayer, hidden: str, memory: str) -> str:
+    """Attention of the decoder to the encoder's output."""
+    inner = layer.encoder_attn
+
+    def kv(x: Tensor) -> tuple[Tensor, ...]:
+        return inner.k_proj(x), inner.v_proj(x)
+
+    (q,) = chain.unit("cross-q", "q", [hidden], ["cross-q"], inner.q_proj)
+    k, v = chain.unit("cross-kv", "kv", [memory], ["cross-k", "cross-v"], kv, [inner.k_proj, inner.v_proj])
+    context = _attend(chain, inner, q, k, v, "mask", "cross-")
+    (x,) = chain.unit("cross-projection", "projection", [context], ["cross-projected"], inner.out_proj)
+    return _connective(chain, "cross-connective", layer, layer.encoder_attn_layer_norm, x, hidden, "cross-attended")
+
+
+def _attend(chain: Chain, inner: BartAttention, q: str, k: str, v: str, mask: str | None, prefix: str) -> str:
+    return chain.attend(
+        q,
+        k,
+        v,
+        inner,
+        head_dim=inner.head_dim,
+        scaling=inner.scaling,
+        dropout=inner.dropout,
+        mask=mask,
+        prefix=prefix,
+    )
+
+
+def _mlp(chain: Chain, layer: Layer, hidden: str) -> str:
+    def mlp_in(x: Tensor) -> Tensor:
+        x = layer.activation_fn(layer.fc1(x))
+        return functional.dropout(x, p=layer.activation_dropout, training=layer.training)
+
+    (x,) = chain.unit("mlp-in", "mlp-in", [hidden], ["inner"], mlp_in, [layer.fc1, layer.activation_fn])
+    (x,) = chain.unit("mlp-out", "mlp-out", [x], ["outer"], layer.fc2)
+    return _connective(chain, "mlp-connective", layer, layer.final_layer_norm, x, hidden, "hidden")
+
+
+def _connective(chain: Chain, name: str, layer: Layer, norm: nn.LayerNorm, x: str, residual: str, write: str) -> str:
+    def add_and_norm(x: Tensor, residual: Tensor) -> Tensor:
+        return norm(residual + functional.dropout(x, p=layer.dropout, training=layer.training))
+
+    (hidden,) = chain.unit(name, "connective", [x, residual], [write], add_and_norm, [norm])
+    return hidden

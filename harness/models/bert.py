@@ -1,0 +1,71 @@
+"""BERT with its classification head (Devlin et al., NAACL 2019). Norms follow the residual sums."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor
+from transformers import BertForSequenceClassification
+from transformers.models.bert.modeling_bert import BertLayer
+
+from harness.models import ModelEntry, masks, pretrained
+from harness.models.chain import Chain
+from harness.models.layered import Layered
+from harness.workload import Workload
+
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+NEEDS = {"is_decoder": False, "chunk_size_feed_forward": 0}
+
+
+def build(entry: ModelEntry, workload: Workload) -> Layered:
+    root = pretrained.load(BertForSequenceClassification, entry, workload, DROPOUTS, NEEDS)
+    chain = Chain(workload)
+    chain.layer("embedding")
+    chain.local("mask", "mask", ["attention_mask"], partial(masks.padding, dtype=chain.dtype))
+    (hidden,) = chain.unit("tokens", "embedding", ["input_ids", "token_type_ids"], ["hidden"], root.bert.embeddings)
+    for index, layer in enumerate(root.bert.encoder.layer):
+        chain.layer(f"layer.{index}")
+        hidden = _layer(chain, layer, hidden)
+    chain.layer("head")
+    return chain.close(
+        root,
+        inputs=["input_ids", "attention_mask", "token_type_ids"],
+        reads=[hidden],
+        head=lambda hidden: root.classifier(root.dropout(root.bert.pooler(hidden))),
+        modules=[root.bert.pooler, root.dropout, root.classifier],
+    )
+
+
+def _layer(chain: Chain, layer: BertLayer, hidden: str) -> str:
+    inner, attended, outer = layer.attention.self, layer.attention.output, layer.output
+
+    def qkv(x: Tensor) -> tuple[Tensor, ...]:
+        return inner.query(x), inner.key(x), inner.value(x)
+
+    def attention_connective(x: Tensor, residual: Tensor) -> Tensor:
+        return attended.LayerNorm(attended.dropout(x) + residual)
+
+    def mlp_connective(x: Tensor, residual: Tensor) -> Tensor:
+        return outer.LayerNorm(outer.dropout(x) + residual)
+
+    q, k, v = chain.unit("qkv", "qkv", [hidden], ["q", "k", "v"], qkv, [inner.query, inner.key, inner.value])
+    context = chain.attend(
+        q,
+        k,
+        v,
+        inner,
+        head_dim=inner.attention_head_size,
+        scaling=inner.scaling,
+        dropout=inner.dropout.p,
+        mask="mask",
+    )
+    (x,) = chain.unit("projection", "projection", [context], ["projected"], attended.dense)
+    modules = [attended.dropout, attended.LayerNorm]
+    (middle,) = chain.unit(
+        "attention-connective", "connective", [x, hidden], ["attended"], attention_connective, modules
+    )
+    (x,) = chain.unit("mlp-in", "mlp-in", [middle], ["inner"], layer.intermediate)
+    (x,) = chain.unit("mlp-out", "mlp-out", [x], ["outer"], outer.dense)
+    modules = [outer.dropout, outer.LayerNorm]
+    (hidden,) = chain.unit("mlp-connective", "connective", [x, middle], ["hidden"], mlp_connective, modules)
+    return hidden

@@ -1,0 +1,100 @@
+"""A text model's chain of units under construction, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from harness.models import attention
+from harness.models.layered import Layered, Unit
+from harness.workload import Workload
+
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+class Chain:
+    """Collects units. Unit and tensor names get the current layer's name in front, so that they are unique."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+        self.dtype: torch.dtype = getattr(torch, workload.dtype)
+        self.core = attention.core(workload.attn_implementation)
+        self.units: list[Unit] = []
+        self.local_units: list[Unit] = []
+        self.number = -1
+        self.name = ""
+
+    def layer(self, name: str) -> None:
+        """Begin the next layer."""
+        self.number += 1
+        self.name = name
+
+    def unit(
+        self,
+        name: str,
+        kind: str,
+        reads: Sequence[str],
+        writes: Sequence[str],
+        function: Function,
+        modules: Sequence[nn.Module] | None = None,
+    ) -> tuple[str, ...]:
+        """Append a unit; returns the names of what it writes. A module as `function` is the one it holds."""
+        if modules is None:
+            assert isinstance(function, nn.Module)
+            modules = [function]
+        full = tuple(f"{self.name}.{tensor}" for tensor in writes)
+        self.units.append(Unit(f"{self.name}.{name}", self.number, kind, reads, full, function, modules))
+        return full
+
+    def attend(
+        self,
+        q: str,
+        k: str,
+        v: str,
+        module: nn.Module,
+        *,
+        head_dim: int,
+        scaling: float,
+        dropout: float,
+        mask: str | None,
+        bias: str | None = None,
+        prefix: str = "",
+    ) -> str:
+        """Append an attention core; its dropout follows the training mode of `module`. Returns the context's name."""
+        core = self.core
+
+        def function(q: Tensor, k: Tensor, v: Tensor, *added: Tensor) -> Tensor:
+            terms = dict(zip(present, added, strict=True))
+            probability = dropout if module.training else 0.0
+            return core(q, k, v, **terms, head_dim=head_dim, scaling=scaling, dropout=probability)
+
+        present = {name: tensor for name, tensor in (("mask", mask), ("bias", bias)) if tensor is not None}
+        reads = [q, k, v, *present.values()]
+        (context,) = self.unit(f"{prefix}attention", "attention", reads, [f"{prefix}context"], function, [])
+        return context
+
+    def local(self, name: str, kind: str, reads: Sequence[str], function: Function, modules: Sequence[nn.Module] = ()):
+        """Add a local unit that writes the tensor `name`."""
+        self.local_units.append(Unit(name, self.number, kind, reads, [name], function, modules, local=True))
+
+    def close(
+        self, root: nn.Module, inputs: Sequence[str], reads: Sequence[str], head: Function, modules: Sequence[nn.Module]
+    ) -> Layered:
+        """Append the head and, for training, the loss to the current layer; returns the model."""
+        self.units.append(Unit("head", self.number, "head", reads, ["logits"], head, modules))
+        if self.workload.training:
+            loss = _squared_error if self.workload.num_labels == 1 else _cross_entropy
+            self.units.append(Unit("loss", self.number, "loss", ["logits", "labels"], ["loss"], loss))
+        return Layered(root, tuple(self.units), tuple(self.local_units), tuple(inputs))
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(logits, labels, reduction="sum")
+
+
+def _squared_error(logits: Tensor, labels: Tensor) -> Tensor:
+    """logits: [rows, 1], labels: [rows]."""
+    return functional.mse_loss(logits.squeeze(-1), labels, reduction="sum")

@@ -1,0 +1,73 @@
+"""DistilBERT with its classification head (Sanh et al., arXiv 1910.01108). Norms follow the residual sums."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor
+from torch.nn import functional
+from transformers import DistilBertForSequenceClassification
+from transformers.models.distilbert.modeling_distilbert import TransformerBlock
+
+from harness.models import ModelEntry, masks, pretrained
+from harness.models.chain import Chain
+from harness.models.layered import Layered
+from harness.workload import Workload
+
+DROPOUTS = ("dropout", "attention_dropout", "seq_classif_dropout")
+NEEDS = {"chunk_size_feed_forward": 0}
+
+
+def build(entry: ModelEntry, workload: Workload) -> Layered:
+    root = pretrained.load(DistilBertForSequenceClassification, entry, workload, DROPOUTS, NEEDS)
+    chain = Chain(workload)
+    chain.layer("embedding")
+    chain.local("mask", "mask", ["attention_mask"], partial(masks.padding, dtype=chain.dtype))
+    (hidden,) = chain.unit("tokens", "embedding", ["input_ids"], ["hidden"], root.distilbert.embeddings)
+    for index, layer in enumerate(root.distilbert.transformer.layer):
+        chain.layer(f"layer.{index}")
+        hidden = _layer(chain, layer, hidden)
+    chain.layer("head")
+
+    def head(hidden: Tensor) -> Tensor:
+        return root.classifier(root.dropout(functional.relu(root.pre_classifier(hidden[:, 0]))))
+
+    modules = [root.pre_classifier, root.dropout, root.classifier]
+    return chain.close(root, ["input_ids", "attention_mask"], [hidden], head, modules)
+
+
+def _layer(chain: Chain, layer: TransformerBlock, hidden: str) -> str:
+    inner, ffn = layer.attention, layer.ffn
+
+    def qkv(x: Tensor) -> tuple[Tensor, ...]:
+        return inner.q_lin(x), inner.k_lin(x), inner.v_lin(x)
+
+    def attention_connective(x: Tensor, residual: Tensor) -> Tensor:
+        return layer.sa_layer_norm(x + residual)
+
+    def mlp_in(x: Tensor) -> Tensor:
+        return ffn.activation(ffn.lin1(x))
+
+    def mlp_connective(x: Tensor, residual: Tensor) -> Tensor:
+        return layer.output_layer_norm(ffn.dropout(x) + residual)
+
+    q, k, v = chain.unit("qkv", "qkv", [hidden], ["q", "k", "v"], qkv, [inner.q_lin, inner.k_lin, inner.v_lin])
+    context = chain.attend(
+        q,
+        k,
+        v,
+        inner,
+        head_dim=inner.attention_head_size,
+        scaling=inner.scaling,
+        dropout=inner.dropout.p,
+        mask="mask",
+    )
+    (x,) = chain.unit("projection", "projection", [context], ["projected"], inner.out_lin)
+    (middle,) = chain.unit(
+        "attention-connective", "connective", [x, hidden], ["attended"], attention_connective, [layer.sa_layer_norm]
+    )
+    (x,) = chain.unit("mlp-in", "mlp-in", [middle], ["inner"], mlp_in, [ffn.lin1, ffn.activation])
+    (x,) = chain.unit("mlp-out", "mlp-out", [x], ["outer"], ffn.lin2)
+    modules = [ffn.dropout, layer.output_layer_norm]
+    (hidden,) = chain.unit("mlp-connective", "connective", [x, middle], ["hidden"], mlp_connective, modules)
+    return hidden

@@ -1,0 +1,82 @@
+"""GPT-2 with its classification head (Radford et al., 2019). Norms precede the matrix products."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import GPT2ForSequenceClassification
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+
+from harness.models import ModelEntry, masks, pretrained
+from harness.models.chain import Chain
+from harness.models.classifier import at_last_token
+from harness.models.layered import Layered
+from harness.workload import Workload
+
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+NEEDS = {"add_cross_attention": False, "reorder_and_upcast_attn": False}
+
+
+def build(entry: ModelEntry, workload: Workload) -> Layered:
+    root = pretrained.load(GPT2ForSequenceClassification, entry, workload, DROPOUTS, NEEDS)
+    model, pad_token_id = root.transformer, root.config.pad_token_id
+    chain = Chain(workload)
+    chain.layer("embedding")
+    chain.local("mask", "mask", ["attention_mask"], partial(masks.padding_and_causal, dtype=chain.dtype))
+
+    def embed(input_ids: Tensor) -> Tensor:
+        position = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+        return model.drop(model.wte(input_ids) + model.wpe(position))
+
+    (hidden,) = chain.unit("tokens", "embedding", ["input_ids"], ["hidden"], embed, [model.wte, model.wpe, model.drop])
+    for index, layer in enumerate(model.h):
+        chain.layer(f"layer.{index}")
+        hidden = _layer(chain, layer, hidden)
+    chain.layer("head")
+    (normed,) = chain.unit("norm", "connective", [hidden], ["normed"], model.ln_f)
+
+    def head(hidden: Tensor, input_ids: Tensor) -> Tensor:
+        return at_last_token(root.score(hidden), input_ids, pad_token_id)
+
+    return chain.close(root, ["input_ids", "attention_mask"], [normed, "input_ids"], head, [root.score])
+
+
+def _layer(chain: Chain, layer: GPT2Block, hidden: str) -> str:
+    inner, mlp = layer.attn, layer.mlp
+
+    def qkv(x: Tensor) -> tuple[Tensor, ...]:
+        return inner.c_attn(x).split(inner.split_size, dim=2)
+
+    def attention_connective(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = inner.resid_dropout(x) + residual
+        return total, layer.ln_2(total)
+
+    def mlp_in(x: Tensor) -> Tensor:
+        return mlp.act(mlp.c_fc(x))
+
+    def mlp_connective(x: Tensor, residual: Tensor) -> Tensor:
+        return residual + mlp.dropout(x)
+
+    (x,) = chain.unit("attention-norm", "connective", [hidden], ["attention-in"], layer.ln_1)
+    q, k, v = chain.unit("qkv", "qkv", [x], ["q", "k", "v"], qkv, [inner.c_attn])
+    context = chain.attend(
+        q,
+        k,
+        v,
+        inner,
+        head_dim=inner.head_dim,
+        scaling=inner.scaling,
+        dropout=inner.attn_dropout.p,
+        mask="mask",
+    )
+    (x,) = chain.unit("projection", "projection", [context], ["projected"], inner.c_proj)
+    modules = [inner.resid_dropout, layer.ln_2]
+    middle, x = chain.unit(
+        "attention-connective", "connective", [x, hidden], ["attended", "mlp-in"], attention_connective, modules
+    )
+    (x,) = chain.unit("mlp-in", "mlp-in", [x], ["inner"], mlp_in, [mlp.c_fc, mlp.act])
+    (x,) = chain.unit("mlp-out", "mlp-out", [x], ["outer"], mlp.c_proj)
+    (hidden,) = chain.unit("mlp-connective", "connective", [x, middle], ["hidden"], mlp_connective, [mlp.dropout])
+    return hidden

@@ -1,0 +1,88 @@
+"""OPT with its classification head (Zhang et al., arXiv 2205.01068). Norms precede the matrix products."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor
+from torch.nn import functional
+from transformers import OPTForSequenceClassification
+from transformers.models.opt.modeling_opt import OPTDecoderLayer
+
+from harness.models import ModelEntry, masks, pretrained
+from harness.models.chain import Chain
+from harness.models.classifier import at_last_token
+from harness.models.layered import Layered
+from harness.workload import Workload
+
+DROPOUTS = ("dropout", "attention_dropout")
+NEEDS = {"do_layer_norm_before": True, "_remove_final_layer_norm": False, "layerdrop": 0.0}
+
+
+def build(entry: ModelEntry, workload: Workload) -> Layered:
+    root = pretrained.load(OPTForSequenceClassification, entry, workload, DROPOUTS, NEEDS)
+    model, pad_token_id = root.model.decoder, root.config.pad_token_id
+    chain = Chain(workload)
+    chain.layer("embedding")
+    chain.local("mask", "mask", ["attention_mask"], partial(masks.padding_and_causal, dtype=chain.dtype))
+
+    def embed(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The positional embedding counts the tokens that are no padding."""
+        return model.embed_tokens(input_ids) + model.embed_positions(attention_mask)
+
+    (hidden,) = chain.unit(
+        "tokens",
+        "embedding",
+        ["input_ids", "attention_mask"],
+        ["hidden"],
+        embed,
+        [model.embed_tokens, model.embed_positions],
+    )
+    for index, layer in enumerate(model.layers):
+        chain.layer(f"layer.{index}")
+        hidden = _layer(chain, layer, hidden)
+    chain.layer("head")
+    (normed,) = chain.unit("norm", "connective", [hidden], ["normed"], model.final_layer_norm)
+
+    def head(hidden: Tensor, input_ids: Tensor) -> Tensor:
+        return at_last_token(root.score(hidden), input_ids, pad_token_id)
+
+    return chain.close(root, ["input_ids", "attention_mask"], [normed, "input_ids"], head, [root.score])
+
+
+def _layer(chain: Chain, layer: OPTDecoderLayer, hidden: str) -> str:
+    inner = layer.self_attn
+
+    def qkv(x: Tensor) -> tuple[Tensor, ...]:
+        # OPT scales the query here, not the scores.
+        return inner.q_proj(x) * inner.scaling, inner.k_proj(x), inner.v_proj(x)
+
+    def dropout(x: Tensor) -> Tensor:
+        return functional.dropout(x, p=layer.dropout, training=layer.training)
+
+    def attention_connective(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = residual + dropout(x)
+        return total, layer.final_layer_norm(total)
+
+    def mlp_in(x: Tensor) -> Tensor:
+        return layer.activation_fn(layer.fc1(x))
+
+    def mlp_connective(x: Tensor, residual: Tensor) -> Tensor:
+        return residual + dropout(x)
+
+    (x,) = chain.unit("attention-norm", "connective", [hidden], ["attention-in"], layer.self_attn_layer_norm)
+    q, k, v = chain.unit("qkv", "qkv", [x], ["q", "k", "v"], qkv, [inner.q_proj, inner.k_proj, inner.v_proj])
+    context = chain.attend(q, k, v, inner, head_dim=inner.head_dim, scaling=1.0, dropout=inner.dropout, mask="mask")
+    (x,) = chain.unit("projection", "projection", [context], ["projected"], inner.out_proj)
+    middle, x = chain.unit(
+        "attention-connective",
+        "connective",
+        [x, hidden],
+        ["attended", "mlp-in"],
+        attention_connective,
+        [layer.final_layer_norm],
+    )
+    (x,) = chain.unit("mlp-in", "mlp-in", [x], ["inner"], mlp_in, [layer.fc1, layer.activation_fn])
+    (x,) = chain.unit("mlp-out", "mlp-out", [x], ["outer"], layer.fc2)
+    (hidden,) = chain.unit("mlp-connective", "connective", [x, middle], ["hidden"], mlp_connective, [])
+    return hidden

@@ -1,0 +1,45 @@
+"""Ring collectives as sends, receives and sums: the one expansion that validator, simulator and engine share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from harness.plan.actions import Action, Collective, Combine, Recv, Send
+from harness.plan.values import Range, Value
+
+
+def chunks(width: int, parts: int) -> list[Range]:
+    """Cut `width` elements into `parts` ranges whose sizes differ by at most one, the larger ones first."""
+    size, larger = divmod(width, parts)
+    edges = [part * size + min(part, larger) for part in range(parts + 1)]
+    return list(zip(edges, edges[1:], strict=False))
+
+
+def expand(collective: Collective, member: str, width: int) -> Iterator[Action]:
+    """What `member` does for the collective on a tensor of `width` elements.
+
+    Ring all-reduce: a reduce-scatter of n-1 steps, then an all-gather of n-1 steps. In step s member r sends chunk
+    r-s and receives chunk r-s-1 (mod n). All members together send 2 (n-1) times the tensor.
+    Version -(s+1) of a chunk is the sum of s+1 members' parts; version -n is complete.
+    """
+    group, value = collective.group, collective.value
+    n, rank = len(group), group.index(member)
+    right, left = group[(rank + 1) % n], group[(rank - 1) % n]
+    ranges = chunks(width, n)
+
+    def partial(chunk: int, parts: int) -> Value:
+        return Value(value.name, value.micro_batch, value.rows, value.tokens, ranges[chunk], -parts)
+
+    def own(chunk: int) -> Value:
+        return Value(value.name, value.micro_batch, value.rows, value.tokens, ranges[chunk], value.version)
+
+    yield Combine("slice", (own(rank),), partial(rank, 1), in_place=True)
+    for step in range(n - 1):
+        sent, received = (rank - step) % n, (rank - step - 1) % n
+        yield Send(partial(sent, step + 1), right)
+        yield Recv(partial(received, step + 1), left)
+        yield Combine("sum", (partial(received, step + 1), own(received)), partial(received, step + 2), in_place=True)
+    for step in range(n - 1):
+        yield Send(partial((rank + 1 - step) % n, n), right)
+        yield Recv(partial((rank - step) % n, n), left)
+    yield Combine("concat", tuple(partial(chunk, n) for chunk in range(n)), collective.result, in_place=True)

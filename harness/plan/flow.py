@@ -1,0 +1,432 @@
+"""One iteration of a phase as a graph: who waits for whom, and when memory is taken and given back.
+
+Validator and simulator both read this graph; whatever can't be linked is an invalid plan, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from harness.plan.actions import (
+    COMPUTE,
+    NIC_IN,
+    NIC_OUT,
+    QUEUES,
+    STORAGE,
+    Action,
+    Collective,
+    Combine,
+    Commit,
+    Compute,
+    Free,
+    Load,
+    Recv,
+    Send,
+    Step,
+    Store,
+    reads,
+    writes,
+)
+from harness.plan.collectives import expand
+from harness.plan.plan import Phase
+from harness.plan.values import Tensor, Value
+
+_QUEUE_INDEX = {name: index for index, name in enumerate(QUEUES)}
+_COMPUTE, _OUT, _IN, _STORAGE = (_QUEUE_INDEX[q] for q in (COMPUTE, NIC_OUT, NIC_IN, STORAGE))
+_START = -1  # stands for "since the iteration began" where a node is asked for
+
+
+class InvalidPlan(Exception):
+    """The plan breaks a rule of the action set; the message names the device, the action and the rule."""
+
+
+@dataclass(slots=True)
+class Allocation:
+    """Bytes of one kind on one device: from the start (or end) of `taken` to the last end among `released`.
+
+    Node -1 is the start of the iteration; `released` None: beyond its end.
+    """
+
+    device: int
+    kind: str
+    nbytes: int
+    taken: int
+    at_end: bool = False
+    released: tuple[int, ...] | None = None
+
+
+@dataclass
+class Graph:
+    """Nodes are actions; a transfer is one node of two queues. Queue number = 4 * device + queue.
+
+    `then[n]`: nodes that wait for n's result (a transfer's data arrives a latency after its queue is free);
+    `behind[n]`: nodes that follow n in a queue. `waits[n]`: how many nodes n waits for.
+    `begins[q]`: first node of queue q. `live_readers`: (node, device, value name) that wait for a value carried
+    into the iteration; `live_writers[device, name]`: the node that leaves it for the next one.
+    `high_water[device]`: most bytes alive if the device took its actions one at a time, in list order.
+    """
+
+    devices: tuple[str, ...]
+    actions: list[Action] = field(default_factory=list)
+    device: list[int] = field(default_factory=list)
+    peer: list[int] = field(default_factory=list)
+    nbytes: list[int] = field(default_factory=list)
+    then: list[list[int]] = field(default_factory=list)
+    behind: list[list[int]] = field(default_factory=list)
+    waits: list[int] = field(default_factory=list)
+    begins: dict[int, int] = field(default_factory=dict)
+    ends: dict[int, int] = field(default_factory=dict)
+    live_readers: list[tuple[int, int, str]] = field(default_factory=list)
+    live_writers: dict[tuple[int, str], int] = field(default_factory=dict)
+    allocations: list[Allocation] = field(default_factory=list)
+    makes_gradients: set[int] = field(default_factory=set)
+    high_water: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    def queues_of(self, node: int) -> tuple[int, ...]:
+        device, action = self.device[node], self.actions[node]
+        if isinstance(action, Send):
+            return (4 * device + _OUT, 4 * self.peer[node] + _IN)
+        if isinstance(action, (Load, Store)):
+            return (4 * device + _STORAGE,)
+        return (4 * device + _COMPUTE,)
+
+
+class _Held:
+    """A value alive on a device: its allocation, who made it, who touched it since."""
+
+    __slots__ = ("allocation", "maker", "touched")
+
+    def __init__(self, maker: int, allocation: Allocation | None) -> None:
+        self.maker = maker
+        self.allocation = allocation
+        self.touched = [maker]
+
+
+class _Device:
+    """Walks the action list of one device and adds its nodes to the graph."""
+
+    def __init__(self, builder: _Builder, index: int, name: str, live: tuple[Value, ...]) -> None:
+        self.builder, self.graph, self.index, self.name = builder, builder.graph, index, name
+        self.alive: dict[Value, _Held] = {}
+        self.pieces: dict[tuple[str, int, int], list[Value]] = {}
+        self.live_names = {value.name for value in live}
+        self.bytes = self.most_bytes = 0
+        for value in live:
+            self._hold(value, _START)
+
+    def fail(self, action: Action, rule: str) -> InvalidPlan:
+        return InvalidPlan(f"{self.builder.phase}: {self.name}: {type(action).__name__.lower()}: {rule}")
+
+    def _hold(self, value: Value, maker: int, at_end: bool = False, nbytes: int | None = None) -> None:
+        tensor = self.builder.tensor(value)
+        size = tensor.bytes(value) if nbytes is None else nbytes
+        allocation = None
+        if size:
+            allocation = Allocation(self.index, tensor.kind, size, maker, at_end)
+            self.graph.allocations.append(allocation)
+            self._count(size)
+        self.alive[value] = _Held(maker, allocation)
+        self.pieces.setdefault((value.name, value.micro_batch, value.version), []).append(value)
+
+    def _count(self, nbytes: int) -> None:
+        self.bytes += nbytes
+        self.most_bytes = max(self.most_bytes, self.bytes)
+
+    def _drop(self, value: Value) -> _Held:
+        held = self.alive.pop(value)
+        self.pieces[value.name, value.micro_batch, value.version].remove(value)
+        return held
+
+    def _find(self, value: Value, action: Action) -> _Held:
+        """The held value that is `value`, or that it is a piece of."""
+        held = self.alive.get(value)
+        if held is not None:
+            return held
+        for whole in self.pieces.get((value.name, value.micro_batch, value.version), ()):
+            if all(_within(value[axis], whole[axis]) for axis in (2, 3, 4)):
+                return self.alive[whole]
+        raise self.fail(action, f"{value} is read before it is written, or after it is freed")
+
+    def _link(self, held: _Held, node: int, value: Value) -> None:
+        """`node` waits for the maker of a held value, unless the queue they share says so already."""
+        graph, maker = self.graph, held.maker
+        held.touched.append(node)
+        if maker == _START:
+            graph.live_readers.append((node, self.index, value.name))
+        elif maker != node:
+            graph.then[maker].append(node)
+            graph.waits[node] += 1
+
+    def _node(self, action: Action, queue: int, nbytes: int = 0) -> int:
+        node = self.builder.add(action, self.index, nbytes)
+        self.builder.enqueue(node, 4 * self.index + queue)
+        return node
+
+    def walk(self, action: Action) -> None:
+        match action:
+            case Collective():
+                self._collective(action)
+            case Send() | Recv():
+                self._transfer(action)
+            case Free():
+                self._free(action)
+            case Commit():
+                pass
+            case Step():
+                self._step(action)
+            case Compute():
+                self._compute(action)
+            case Combine():
+                node = self._node(action, _COMPUTE, 0 if action.in_place else self.builder.size(action.write))
+                for value in action.reads:
+                    self._link(self._find(value, action), node, value)
+                self._write(action.write, node, action, nbytes=0 if action.in_place and action.reads else None)
+            case Load() | Store():
+                node = self._node(action, _STORAGE, self.builder.size(action.value))
+                for value in reads(action):
+                    self._link(self._find(value, action), node, value)
+                for value in writes(action):
+                    self._write(value, node, action)
+
+    def _write(self, value: Value, node: int, action: Action, nbytes: int | None = None, at_end: bool = False) -> None:
+        if value in self.alive:
+            raise self.fail(action, f"{value} is written twice")
+        self._hold(value, node, at_end, nbytes)
+
+    def _compute(self, action: Compute) -> None:
+        node = self._node(action, _COMPUTE)
+        for value in reads(action):
+            self._link(self._find(value, action), node, value)
+        for value in action.writes:
+            self._write(value, node, action)
+        for value in action.accumulates:
+            held = self.alive.get(value)
+            if held is None:
+                self._hold(value, node, at_end=True)
+                self.graph.makes_gradients.add(node)
+            else:
+                held.maker = node
+                held.touched.append(node)
+
+    def _transfer(self, action: Send | Recv) -> None:
+        sending = isinstance(action, Send)
+        try:
+            peer = self.builder.index[action.peer]
+        except KeyError:
+            raise self.fail(action, f"the peer {action.peer} is no device of the phase") from None
+        ends = (self.index, peer) if sending else (peer, self.index)
+        node = self.builder.transfer(ends, action, self)
+        if sending:
+            self._link(self._find(action.value, action), node, action.value)
+        else:
+            self._write(action.value, node, action)
+
+    def _step(self, action: Step) -> None:
+        size = self.builder.size
+        # Read the gradient, read and write the weights, read and write the optimizer's state.
+        nbytes = sum(map(size, action.gradients)) + sum(map(size, action.reads)) + sum(map(size, action.writes))
+        node = self._node(action, _COMPUTE, nbytes)
+        for value in reads(action):
+            self._link(self._find(value, action), node, value)
+        for value in action.writes:
+            self._successor(value, node, action)
+
+    def _successor(self, value: Value, node: int, action: Action) -> None:
+        """`value` takes over the memory of the version before it."""
+        previous = value._replace(version=value.version - 1)
+        if previous not in self.alive:
+            raise self.fail(action, f"{value} follows {previous}, which is not there")
+        held = self._drop(previous)
+        held.maker = node
+        held.touched.append(node)
+        self.alive[value] = held
+        self.pieces.setdefault((value.name, value.micro_batch, value.version), []).append(value)
+
+    def _free(self, action: Free) -> None:
+        for value in action.values:
+            if value not in self.alive:
+                raise self.fail(action, f"{value} is freed twice, or was never written")
+            held = self._drop(value)
+            if held.allocation is not None:
+                held.allocation.released = tuple(held.touched)
+                self._count(-held.allocation.nbytes)
+
+    def _collective(self, action: Collective) -> None:
+        """The expansion, with its chunks in a scope of their own; the sum replaces the parts in place."""
+        if self.name not in action.group:
+            raise self.fail(action, f"{self.name} is not in the group {action.group}")
+        whole = self._find(action.value, action)
+        scope: dict[Value, int] = {}
+        graph, builder, complete = self.graph, self.builder, -len(action.group)
+        tensor = builder.tensor(action.value)
+        arrived: Allocation | None = None
+        maker = whole.maker
+        last = maker
+        for part in expand(action, self.name, tensor.width):
+            if isinstance(part, Send):
+                node = builder.transfer((self.index, builder.index[part.peer]), part, self)
+                graph.then[scope[part.value]].append(node)
+                graph.waits[node] += 1
+            elif isinstance(part, Recv):
+                node = builder.transfer((builder.index[part.peer], self.index), part, self)
+                scope[part.value] = node
+                if part.value.version != complete:  # a part to be added; complete chunks land in place
+                    arrived = Allocation(self.index, tensor.kind, tensor.bytes(part.value), node)
+                    graph.allocations.append(arrived)
+                    self._count(arrived.nbytes)
+            else:
+                assert isinstance(part, Combine)
+                node = builder.add(part, self.index, tensor.bytes(part.write) if part.op == "sum" else 0)
+                builder.enqueue(node, 4 * self.index + _COMPUTE)
+                for value in part.reads:
+                    source = scope.get(value, maker)
+                    if source == _START:
+                        graph.live_readers.append((node, self.index, value.name))
+                    else:
+                        graph.then[source].append(node)
+                        graph.waits[node] += 1
+                scope[part.write] = last = node
+                if arrived is not None and part.op == "sum":
+                    arrived.released = (node,)
+                    self._count(-arrived.nbytes)
+                    arrived = None
+        self._drop(action.value)
+        whole.maker = last
+        whole.touched.append(last)
+        self.alive[action.result] = whole
+        self.pieces.setdefault((action.result.name, action.result.micro_batch, action.result.version), []).append(
+            action.result
+        )
+
+    def finish(self) -> None:
+        """What is alive at the end must be what was alive at the beginning, some versions on."""
+        left = {value for value in self.alive if value.name not in self.live_names}
+        if left:
+            raise InvalidPlan(f"{self.builder.phase}: {self.name}: {min(left)} is never freed")
+        names = [value.name for value in self.alive]
+        gone = self.live_names - set(names)
+        if gone or len(names) != len(self.live_names):
+            raise InvalidPlan(
+                f"{self.builder.phase}: {self.name}: {', '.join(sorted(gone)) or 'a live value'} "
+                "does not outlive the iteration exactly once"
+            )
+        for value, held in self.alive.items():
+            if held.maker != _START:
+                self.graph.live_writers[self.index, value.name] = held.maker
+
+
+class _Builder:
+    def __init__(self, phase: Phase, tensors: Mapping[str, Tensor]) -> None:
+        self.phase, self.tensors = f"phase {phase.name!r}", tensors
+        self.graph = Graph(tuple(phase.actions))
+        self.index = {name: i for i, name in enumerate(self.graph.devices)}
+        self.halves: dict[tuple[tuple[int, int], Value], tuple[int, bool]] = {}
+
+    def tensor(self, value: Value) -> Tensor:
+        try:
+            return self.tensors[value.name]
+        except KeyError:
+            raise InvalidPlan(f"{self.phase}: the value {value} has no entry among the plan's tensors") from None
+
+    def size(self, value: Value) -> int:
+        return self.tensor(value).bytes(value)
+
+    def add(self, action: Action, device: int, nbytes: int) -> int:
+        graph = self.graph
+        graph.actions.append(action)
+        graph.device.append(device)
+        graph.peer.append(-1)
+        graph.nbytes.append(nbytes)
+        graph.then.append([])
+        graph.behind.append([])
+        graph.waits.append(0)
+        return len(graph.actions) - 1
+
+    def enqueue(self, node: int, queue: int) -> None:
+        graph = self.graph
+        previous = graph.ends.get(queue)
+        if previous is None:
+            graph.begins[queue] = node
+        else:
+            graph.behind[previous].append(node)
+            graph.waits[node] += 1
+        graph.ends[queue] = node
+
+    def transfer(self, ends: tuple[int, int], action: Send | Recv, side: _Device) -> int:
+        """The node of a transfer: made by the end that is seen first, completed by the other."""
+        key = (ends, action.value)
+        sending = isinstance(action, Send)
+        half = self.halves.pop(key, None)
+        if half is None:
+            node = self.add(Send(action.value, self.graph.devices[ends[1]]), ends[0], self.size(action.value))
+            self.graph.peer[node] = ends[1]
+            self.halves[key] = (node, sending)
+        else:
+            node, seen_send = half
+            if seen_send == sending:
+                verb = "sent" if sending else "received"
+                raise side.fail(action, f"{action.value} is {verb} twice without its other end")
+        self.enqueue(node, 4 * ends[0] + _OUT if sending else 4 * ends[1] + _IN)
+        return node
+
+    def check_pairs(self) -> None:
+        for ((src, dst), value), (_, sent) in self.halves.items():
+            a, b = self.graph.devices[src], self.graph.devices[dst]
+            raise InvalidPlan(
+                f"{self.phase}: {a} sends {value} to {b}, which never receives it"
+                if sent
+                else f"{self.phase}: {b} receives {value} from {a}, which never sends it"
+            )
+
+
+def _within(piece: object, whole: object) -> bool:
+    if whole is None:
+        return True
+    assert isinstance(whole, tuple)
+    return isinstance(piece, tuple) and whole[0] <= piece[0] and piece[1] <= whole[1]
+
+
+def link(phase: Phase, tensors: Mapping[str, Tensor]) -> Graph:
+    """The graph of one iteration. Raises InvalidPlan with the reason when the actions can't be linked, or deadlock."""
+    builder = _Builder(phase, tensors)
+    for index, (name, actions) in enumerate(phase.actions.items()):
+        device = _Device(builder, index, name, tuple(phase.live.get(name, ())))
+        for action in actions:
+            device.walk(action)
+        device.finish()
+        builder.graph.high_water.append(device.most_bytes)
+    builder.check_pairs()
+    _check_order(builder.graph, builder.phase)
+    return builder.graph
+
+
+def _check_order(graph: Graph, phase: str) -> None:
+    """Every node can run some time; else name the heads of the queues that wait for each other."""
+    waits = graph.waits.copy()
+    ready = [node for node, count in enumerate(waits) if count == 0]
+    done = 0
+    while ready:
+        node = ready.pop()
+        done += 1
+        for follower in graph.then[node]:
+            waits[follower] -= 1
+            if not waits[follower]:
+                ready.append(follower)
+        for follower in graph.behind[node]:
+            waits[follower] -= 1
+            if not waits[follower]:
+                ready.append(follower)
+    if done == len(graph):
+        return
+    stuck = [node for node, count in enumerate(waits) if count > 0]
+    examples = []
+    for node in stuck[:4]:
+        action, device = graph.actions[node], graph.devices[graph.device[node]]
+        what = str(action.value) if isinstance(action, (Send, Load, Store)) else type(action).__name__.lower()
+        peer = f" -> {graph.devices[graph.peer[node]]}" if graph.peer[node] >= 0 else ""
+        examples.append(f"{device}{peer}: {type(action).__name__.lower()} {what}")
+    raise InvalidPlan(f"{phase}: deadlock: {len(stuck)} actions wait for each other, first {'; '.join(examples)}")

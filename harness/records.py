@@ -1,0 +1,203 @@
+"""The record: everything about one run, as one JSON object and as one flat row. Field names carry units.
+
+The JSON Schema in `docs/record.schema.json` is `python -m harness.records`; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+#: Raised whenever a field changes its meaning, appears or goes. It is part of what a stored run is named by.
+SCHEMA_VERSION = 1
+
+#: Fields that may differ between two runs of the same input in simulated mode; all others are equal to the byte.
+NOT_DETERMINISTIC = ("planning_time_s", "provenance")
+
+Status = Literal["ok", "oom", "unsupported", "failed"]
+
+
+class Part(BaseModel):
+    """Base of the record and its parts: frozen, no unknown fields, no NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class PhaseRecord(Part):
+    """One phase of the plan, over all its repeats."""
+
+    name: str
+    repeat: int
+    time_s: float
+    comm_bytes: int
+
+
+class DeviceMemory(Part):
+    """Most bytes alive on one device at once, and the most of each kind. Kinds peak at different moments."""
+
+    peak_bytes: int
+    weights_bytes: int = 0
+    gradients_bytes: int = 0
+    optimizer_bytes: int = 0
+    activations_bytes: int = 0
+    buffers_bytes: int = 0
+    cache_bytes: int = 0
+
+
+class DeviceEnergy(Part):
+    """Energy of one device over the run. The three parts add up to the device's gross energy."""
+
+    idle_j: float
+    compute_j: float
+    communication_j: float
+
+
+class Recovery(Part):
+    """The phases of a recovery after a failure, and what the failure cost in throughput."""
+
+    detect_s: float
+    replan_s: float
+    regroup_s: float
+    transfer_s: float
+    replay_s: float
+    first_step_s: float
+    throughput_before_samples_per_s: float
+    throughput_after_samples_per_s: float
+
+
+class AssumedConstant(Part):
+    """A constant of a device profile or of the link that is assumed, or fitted to published cells."""
+
+    owner: str
+    key: str
+    value: float
+    provenance: str
+    source: str
+    low: float | None
+    high: float | None
+    cells: list[str] = Field(description="the published cells it was fitted to")
+
+
+class Provenance(Part):
+    """Where the numbers come from."""
+
+    schema_version: int
+    package_version: str | None = Field(description="of orrery-bench; none when it runs from a plain folder")
+    git_commit: str | None = Field(description="of the checkout the code runs from; none outside a checkout")
+    git_dirty: bool | None
+    config_hash: str = Field(description="of what was asked: same hash, same run")
+    seed: int
+    libraries: dict[str, str]
+    host: dict[str, str | int]
+    devices: dict[str, str] = Field(description="device -> profile")
+    assumptions: list[AssumedConstant] = Field(description="constants of the testbed that nobody measured")
+    traceback: str | None = Field(default=None, description="of a run that failed for an unforeseen reason")
+
+
+class Record(Part):
+    """One run. Optional fields are null where they don't apply; a run that is not `ok` says why in `reason`.
+
+    Times are wall time of the whole run, medians over `repeats`; `iqr` holds their interquartile ranges.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    method: str
+    method_options: dict[str, JsonValue]
+    technique: str
+    model: str
+    dataset: str
+    num_samples: int = Field(description="samples per epoch")
+    seq_len: int | None = Field(description="tokens; null for images")
+    decoder_seq_len: int = Field(description="tokens of encoder-decoder models; 1 with a classifier head")
+    image_size: int | None = Field(description="pixels; null for text")
+    batch_size: int
+    micro_batch_size: int | None = Field(default=None, description="rows of the largest micro-batch of the plan")
+    epochs: int
+    steps: int | None = Field(description="iterations, where they were asked for instead of epochs")
+    optimizer: str
+    learning_rate: float
+    dropout: float | None = Field(description="null: the model's own probabilities")
+    dtype: str
+    attn_implementation: str
+    checkpoint: str | None = Field(description="where the weights come from; null: from the seed")
+
+    testbed: str
+    mode: str
+    num_devices: int
+    dilation: float = Field(default=1.0, description="emulated: every rate was divided by it, times are divided back")
+
+    status: Status
+    reason: str | None = None
+
+    total_time_s: float | None = Field(default=None, description="training: all epochs; inference: all requests")
+    time_per_sample_s: float | None = None
+    device_time_per_sample_s: float | None = Field(
+        default=None, description="seconds of computing per sample, summed over devices"
+    )
+    throughput_samples_per_s: float | None = None
+    latency_s: float | None = Field(default=None, description="inference: time per request, which is one batch")
+    prefill_time_s: float | None = None
+    time_per_token_s: float | None = None
+    phases: list[PhaseRecord] | None = None
+    repeats: int = 1
+    iqr: dict[str, float] | None = Field(
+        default=None, description="interquartile range by field name, where the run was repeated"
+    )
+
+    peak_memory_bytes: int | None = Field(default=None, description="of the worst device")
+    memory: dict[str, DeviceMemory] | None = None
+    comm_bytes: int | None = Field(default=None, description="sent over all links, whole run")
+    comm_time_s: float | None = Field(
+        default=None, description="busiest network queue of any device: sending or receiving"
+    )
+    compute_time_s: float | None = Field(default=None, description="compute queue of the busiest device")
+    bubble_fraction: float | None = Field(
+        default=None, description="share of the run in which a device does not compute, mean over devices"
+    )
+
+    energy_j: float | None = Field(default=None, description="gross, all devices; null where a power is unknown")
+    energy_net_of_idle_j: float | None = None
+    energy_source: str | None = None
+    energy: dict[str, DeviceEnergy] | None = None
+
+    recovery: Recovery | None = None
+    planning_time_s: float | None = None
+    plan: dict[str, JsonValue] | None = Field(default=None, description="the plan's summary: grouping, cuts, shares")
+
+    loss: float | None = Field(default=None, description="mean training loss per sample in the last iteration")
+    losses: list[float] | None = Field(default=None, description="mean training loss per sample of every iteration")
+    metric: float | None = None
+    max_rel_error: float | None = Field(default=None, description="distance from the single-device oracle")
+
+    provenance: Provenance
+
+    def json_line(self) -> str:
+        """The record as one line of JSON, fields in the order of this class."""
+        return json.dumps(self.model_dump(mode="json"), ensure_ascii=False, allow_nan=False)
+
+
+def flat(record: Record) -> dict[str, Any]:
+    """The table row: one column per field of `Record`; objects and lists become JSON text, scalars stay."""
+    return {
+        name: json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
+        for name, value in record.model_dump(mode="json").items()
+    }
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of a record as it is written."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"urn:orrery:record:{SCHEMA_VERSION}",
+        **Record.model_json_schema(mode="serialization"),
+    }
+
+
+def schema_text() -> str:
+    return json.dumps(schema(), indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    print(schema_text(), end="")

@@ -1,0 +1,205 @@
+"""The one door upwards: looks methods, testbeds, modes and reports up by name, without naming any in the code.
+
+Listing reads file names and docstrings only, so that it is fast and a broken method can't break it.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from harness.cluster import Cluster
+from harness.costs import Costs
+from harness.errors import OrreryError, unknown_name
+from harness.plan import Plan
+from harness.workload import Workload
+
+SYSTEMS, BASELINES = METHOD_PACKAGES = ("systems", "baselines")
+ENTRY_POINTS = "orrery.methods"
+MODES = ("simulated", "emulated", "real")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method as it is listed. `module` is what to import; third parties' methods count as systems."""
+
+    name: str
+    kind: str
+    summary: str
+    module: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """A planner. `digest` is the hash of its file where the user gave one, so that an edited file is a new run."""
+
+    name: str
+    options: Mapping[str, object]
+    plan: Callable[[Workload, Costs, Cluster, Mapping[str, object]], Plan]
+    digest: str | None = None
+
+
+class Testbed(Protocol):
+    """What the runner needs of a testbed. `assumptions`: the assumed and fitted constants underneath."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def cluster(self) -> Cluster: ...
+    @property
+    def modes(self) -> Sequence[str]: ...
+    @property
+    def assumptions(self) -> Sequence[Any]: ...
+
+
+def methods() -> dict[str, Entry]:
+    """Every method by name: scanned from the packages, then from entry points. Nothing is imported."""
+    found = {entry.name: entry for package in METHOD_PACKAGES for entry in _scan(package)}
+    for point in _entry_points():
+        if point.name in found:
+            raise OrreryError(
+                f"The entry point {point.name!r} of {_origin(point)} has the name of {found[point.name].module}. "
+                f"Rename the entry point in the group {ENTRY_POINTS!r}."
+            )
+        found[point.name] = Entry(point.name, SYSTEMS, f"from {_origin(point)}", point.value)
+    return found
+
+
+def _scan(package: str) -> Iterator[Entry]:
+    """A module in `baselines/`, a sub-package in `systems/`: whatever is there and isn't private is a method."""
+    for folder in _folders(package):
+        for path in sorted(folder.iterdir()):
+            source = path / "__init__.py" if path.is_dir() else path
+            if path.name.startswith(("_", ".")) or source.suffix != ".py" or not source.is_file():
+                continue
+            yield Entry(method_name(path), package, _summary(source), f"{package}.{path.stem}")
+
+
+def _folders(package: str) -> list[Path]:
+    spec = importlib.util.find_spec(package)
+    return [Path(place) for place in spec.submodule_search_locations or ()] if spec else []
+
+
+def method_name(path: Path) -> str:
+    return path.stem.replace("_", "-")
+
+
+def _summary(source: Path) -> str:
+    """First line of the module's docstring."""
+    try:
+        text = ast.get_docstring(ast.parse(source.read_bytes()))
+    except (OSError, SyntaxError, ValueError) as error:
+        return f"can't be read: {error}"
+    return text.splitlines()[0] if text else ""
+
+
+def _entry_points() -> list[EntryPoint]:
+    return sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name)
+
+
+def _origin(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+
+
+def load_method(name: str) -> Method:
+    """The method called `name`, or the one in the file `name` where that is a path (`./my_method.py`)."""
+    if name.endswith(".py"):
+        return _load_file(Path(name))
+    found = methods()
+    if name not in found:
+        raise unknown_name("method", name, found)
+    try:
+        module = importlib.import_module(found[name].module)
+    except Exception as error:
+        raise OrreryError(
+            f"The method {name} can't be imported from {found[name].module}: {type(error).__name__}: {error}. "
+            "`orrery list systems --check` and `orrery list baselines --check` show which methods are broken."
+        ) from error
+    return _method(name, module, found[name].module)
+
+
+def _load_file(path: Path) -> Method:
+    if not path.is_file():
+        raise OrreryError(f"There is no method file {path}. A method is a name or the path of a Python file.")
+    name = f"orrery_method_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, "a .py file always has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise OrreryError(f"The method file {path} can't be imported: {type(error).__name__}: {error}.") from error
+    return _method(method_name(path), module, str(path), hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def _method(name: str, module: ModuleType, where: str, digest: str | None = None) -> Method:
+    plan, options = getattr(module, "plan", None), getattr(module, "OPTIONS", None)
+    if not callable(plan) or not isinstance(options, Mapping):
+        raise OrreryError(
+            f"{where} is no method: it needs a function `plan(workload, costs, cluster, options)` and a dictionary "
+            "`OPTIONS` of option names and default values (it may be empty)."
+        )
+    return Method(name, options, plan, digest)
+
+
+def check_methods(kind: str) -> dict[str, str | None]:
+    """Import each method of the kind in a process of its own: name -> None, or why it is broken."""
+    return {name: _check(name) for name, entry in methods().items() if entry.kind == kind}
+
+
+def _check(name: str) -> str | None:
+    program = "import sys; from harness.registry import load_method; load_method(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", program, name], capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.strip().splitlines()
+    return lines[-1] if lines else f"the import ended with exit code {done.returncode}"
+
+
+def load_testbed(name: str) -> Testbed:
+    """The testbed of the library called `name`, or the TOML file at that path."""
+    testbed: Testbed = importlib.import_module("testbeds.library").load(name)
+    return testbed
+
+
+def testbeds() -> list[tuple[str, str]]:
+    """(name, description) of the testbeds of the library."""
+    library = importlib.import_module("testbeds.library")
+    return [(name, library.load(name).description) for name in library.names()]
+
+
+def devices() -> list[tuple[str, str]]:
+    """(name, title) of the device profiles of the library."""
+    library = importlib.import_module("testbeds.library")
+    return [(name, library.load_device(name).title) for name in library.devices()]
+
+
+def experiments() -> list[tuple[str, str]]:
+    """(name, title) of the reproductions."""
+    listed: list[tuple[str, str]] = load_results("reproduce").experiments()
+    return listed
+
+
+def load_mode(mode: str) -> Callable[..., Any]:
+    """`execute(plan, workload, costs, testbed, ...)` of the module of `testbeds/` that runs plans in this mode."""
+    if mode not in MODES:
+        raise unknown_name("mode", mode, MODES)
+    execute: Callable[..., Any] = importlib.import_module(f"testbeds.{mode}").execute
+    return execute
+
+
+def load_results(module: str) -> ModuleType:
+    """A module of `results/`: the reproductions and the reports."""
+    return importlib.import_module(f"results.{module}")

@@ -1,0 +1,181 @@
+"""One run from question to record, and a sweep of them. Knows no method, testbed or mode by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import datasets, measure, profile, provenance, registry, store
+from harness.costs import Costs
+from harness.errors import OrreryError, OutOfMemory, Unsupported
+from harness.experiment import Request, reads_images
+from harness.plan import Plan
+from harness.plan.flow import InvalidPlan
+from harness.plan.validate import validate
+from harness.records import SCHEMA_VERSION, AssumedConstant, Provenance, Record
+from harness.trace import Trace
+from harness.workload import Workload
+
+#: Runs in this mode are computed: repeating one gives the same bytes, so it is done once.
+COMPUTED = "simulated"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One request of a sweep, its record, and whether the record was there before."""
+
+    request: Request
+    record: Record
+    skipped: bool
+
+
+def sweep(requests: Sequence[Request], out: Path, force: bool = False) -> Iterator[Outcome]:
+    """Run what has not been run, one after the other. Each record is on disk, whole, before the next run starts.
+
+    Input that can't be run raises `OrreryError` where it was asked for alone; among others it is a row.
+    """
+    store.prepare(out)
+    for request in requests:
+        stored = None if force else store.finished(out, request.config_hash)
+        if stored is not None:
+            yield Outcome(request, stored, skipped=True)
+            continue
+        try:
+            record = run(request)
+        except OrreryError as error:
+            if len(requests) == 1:
+                raise
+            record = _record(request, {"status": "unsupported", "reason": str(error)})
+        store.save(out, record)
+        yield Outcome(request, record, skipped=False)
+
+
+def run(request: Request) -> Record:
+    """Profile, plan, validate, execute, measure. What does not fit, is not supported or breaks is a row with a reason.
+
+    Raises `OrreryError` for input that the user can mend.
+    """
+    found: dict[str, Any] = {}
+    try:
+        _run(request, found)
+        found["status"] = "ok"
+    except OutOfMemory as error:
+        found.setdefault("peak_memory_bytes", error.needed_bytes)
+        found.update(status="oom", reason=str(error))
+    except Unsupported as error:
+        found.update(status="unsupported", reason=str(error))
+    except OrreryError:
+        raise
+    except Exception as error:
+        found.update(status="failed", reason=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+    return _record(request, found)
+
+
+def _run(request: Request, found: dict[str, Any]) -> None:
+    """Fill `found` with record fields as they become known, so that a row that ends early has what there was."""
+    if request.mode not in request.testbed.modes:
+        raise Unsupported(
+            f"the testbed {request.testbed.name} does not run in mode {request.mode}, "
+            f"only in: {', '.join(request.testbed.modes)}"
+        )
+    workload, testbed = request.workload, request.testbed
+    costs, plan = make_plan(request, found)
+    execute = registry.load_mode(request.mode)
+    times = 1 if request.mode == COMPUTED else request.repeats
+    runs = []
+    for _ in range(times):
+        execution = execute(plan, workload, costs, testbed, data_dir=request.data_dir)
+        found.update(measure.memory(execution.trace))
+        _must_fit(execution.trace, request)
+        runs.append(measure.measure(execution.trace, workload, testbed.cluster))
+    found.update(measure.repeated(runs))
+    if execution.losses:
+        found.update(losses=list(execution.losses), loss=execution.losses[-1])
+    found.update(metric=execution.metric, max_rel_error=execution.max_rel_error)
+
+
+def make_plan(request: Request, found: dict[str, Any] | None = None) -> tuple[Costs, Plan]:
+    """Costs of the workload and the method's plan for it, validated. Record fields about it go to `found`."""
+    _shapes_match(request.workload)
+    costs = profile.count(request.workload)
+    began = time.perf_counter()
+    plan = request.method.plan(request.workload, costs, request.testbed.cluster, request.options)
+    seconds = time.perf_counter() - began
+    try:
+        validate(plan, costs, request.testbed.cluster)
+    except InvalidPlan as error:
+        raise OrreryError(f"The plan of {request.method.name} is not valid: {error}.") from error
+    planned = sum(phase.batch_size * phase.repeat for phase in plan.phases)
+    if planned != request.workload.total_samples:
+        raise OrreryError(
+            f"The plan of {request.method.name} processes {planned} samples, and the workload has "
+            f"{request.workload.total_samples}. Make the plan for this data set, batch size and number of epochs."
+        )
+    if found is not None:
+        found.update(
+            planning_time_s=seconds,
+            plan=_plain(dict(plan.summary)),
+            micro_batch_size=max(max(phase.micro_batches) for phase in plan.phases),
+        )
+    return costs, plan
+
+
+def _shapes_match(workload: Workload) -> None:
+    """A model that reads images has no use for text, nor the other way round."""
+    wanted, other = ("image", "text") if reads_images(workload.model) else ("text", "image")
+    if datasets.spec(workload.dataset).kind == other:
+        raise Unsupported(f"{workload.model} reads {wanted}s and {workload.dataset} holds {other}s")
+    superfluous = "seq_len" if wanted == "image" else "image_size"
+    if getattr(workload, superfluous) is not None:
+        raise Unsupported(f"{workload.model} reads {wanted}s, so {superfluous} has no meaning for it")
+
+
+def _must_fit(trace: Trace, request: Request) -> None:
+    """The worst device of a run that needs more memory than there is."""
+    devices = request.testbed.cluster.devices
+    worst = max(devices, key=lambda device: trace.peak_bytes.get(device.name, 0) - device.memory_bytes)
+    if trace.peak_bytes.get(worst.name, 0) > worst.memory_bytes:
+        raise OutOfMemory(worst.name, trace.peak_bytes[worst.name], worst.memory_bytes, "at the peak of the run")
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back: tuples are lists, keys are texts."""
+    return json.loads(json.dumps(value))
+
+
+def _record(request: Request, found: dict[str, Any]) -> Record:
+    workload, testbed = request.workload, request.testbed
+    asked = dataclasses.asdict(workload)
+    commit, dirty = provenance.git_state()
+    origin = Provenance(
+        schema_version=SCHEMA_VERSION,
+        package_version=provenance.package_version(),
+        git_commit=commit,
+        git_dirty=dirty,
+        config_hash=request.config_hash,
+        seed=workload.seed,
+        libraries=provenance.libraries(),
+        host=provenance.host(),
+        devices={device.name: device.profile for device in testbed.cluster.devices},
+        assumptions=[
+            AssumedConstant(owner=a.owner, key=a.key, **_plain(dataclasses.asdict(a.constant)))
+            for a in testbed.assumptions
+        ],
+        traceback=found.pop("traceback", None),
+    )
+    return Record(
+        method=request.method.name,
+        method_options=_plain(dict(request.options)),
+        **{name: asked[name] for name in Record.model_fields if name in asked},
+        testbed=testbed.name,
+        mode=request.mode,
+        num_devices=len(testbed.cluster.devices),
+        provenance=origin,
+        **found,
+    )

@@ -1,0 +1,160 @@
+"""Training samples as tensors, by sample id."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from harness import sources, tokenizer
+from harness.datasets import DatasetSpec
+from harness.errors import OrreryError
+from harness.workload import Workload
+
+
+class Dataset(Protocol):
+    """Samples 0 to `len() - 1`. A batch has `Layered.inputs` and "labels" [rows], each batch first."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, sample_ids: Sequence[int]) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token and segment ids [samples, seq_len] and lengths [samples], in their smallest types.
+
+    `decoder_start` are the decoder's tokens of every sample, the start token only: the answer is the label.
+    """
+
+    ids: Tensor
+    types: Tensor
+    lengths: Tensor
+    labels: Tensor
+    decoder_start: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, sample_ids: Sequence[int]) -> dict[str, Tensor]:
+        rows = torch.as_tensor(sample_ids)
+        ids = self.ids[rows].long()
+        values = {
+            "input_ids": ids,
+            "attention_mask": (torch.arange(ids.shape[1]) < self.lengths[rows, None]).long(),
+            "token_type_ids": self.types[rows].long(),
+            "labels": self.labels[rows],
+        }
+        if self.decoder_start is not None:
+            values["decoder_input_ids"] = self.decoder_start.repeat(len(rows), 1)
+        return values
+
+
+@dataclass(frozen=True)
+class Images:
+    """Pixels [samples, channels, height, width] as bytes up to `white`; a batch has [0, 1] and the wanted size."""
+
+    pixels: Tensor
+    white: int
+    labels: Tensor
+    image_size: int
+    num_channels: int
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, sample_ids: Sequence[int]) -> dict[str, Tensor]:
+        rows = torch.as_tensor(sample_ids)
+        pixels = self.pixels[rows].to(self.dtype) / self.white
+        if pixels.shape[2:] != (self.image_size, self.image_size):
+            pixels = interpolate(pixels, (self.image_size, self.image_size), mode="bilinear", antialias=True)
+        return {"pixel_values": pixels.expand(-1, self.num_channels, -1, -1), "labels": self.labels[rows]}
+
+
+def texts(spec: DatasetSpec, workload: Workload, data_dir: Path | None) -> Texts:
+    """A text data set, tokenised for the workload's model."""
+    if spec.kind == "image":
+        raise _mismatch(spec, workload, "text")
+    assert workload.seq_len is not None
+    vocabulary = tokenizer.vocabulary(workload)
+    if spec.kind == "any":
+        ids, labels = _random_tokens(workload, vocabulary)
+        encoded = tokenizer.Encoded(ids, np.zeros_like(ids, np.uint8), np.full(len(ids), workload.seq_len, np.int32))
+    else:
+        samples, labels = sources.glue(spec, data_dir)
+        if workload.checkpoint is None:
+            chosen = tokenizer.train(samples, vocabulary)
+        else:
+            chosen = tokenizer.pretrained(workload.checkpoint, vocabulary)
+        encoded = tokenizer.encode(chosen, samples, workload.seq_len, vocabulary.pad)
+    regression = spec.num_labels == 1
+    start = vocabulary.decoder_start
+    return Texts(
+        ids=torch.from_numpy(encoded.ids),
+        types=torch.from_numpy(encoded.types),
+        lengths=torch.from_numpy(encoded.lengths),
+        labels=torch.from_numpy(labels).to(getattr(torch, workload.dtype) if regression else torch.long),
+        decoder_start=None if start is None else torch.full((workload.decoder_seq_len,), start),
+    )
+
+
+def images(spec: DatasetSpec, workload: Workload, data_dir: Path | None) -> Images:
+    """An image data set, in the workload's size; a gray image fills as many channels as the model reads."""
+    if spec.kind == "text":
+        raise _mismatch(spec, workload, "images")
+    if spec.name == "digits":
+        pixels, white, labels = sources.digits()
+    elif spec.kind == "any":
+        pixels, white, labels = _random_pixels(spec, workload)
+    else:
+        pixels, white, labels = sources.cifar10(spec, data_dir)
+    if pixels.shape[1] not in (1, workload.num_channels):
+        raise OrreryError(
+            f"The data set {spec.name} has {pixels.shape[1]} channels and {workload.model} reads "
+            f"{workload.num_channels}. Set num_channels to {pixels.shape[1]}."
+        )
+    return Images(
+        torch.from_numpy(pixels),
+        white,
+        torch.from_numpy(labels),
+        workload.image_size or pixels.shape[-1],
+        workload.num_channels,
+        getattr(torch, workload.dtype),
+    )
+
+
+def _random_tokens(workload: Workload, vocabulary: tokenizer.Vocabulary) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Each label owns a slice of the vocabulary, and a sample's tokens come from its label's slice."""
+    assert workload.seq_len is not None
+    random = np.random.default_rng(workload.seed)
+    words = np.array([token for token in range(vocabulary.size) if token not in vocabulary.special], np.int32)
+    width = len(words) // workload.num_labels
+    labels = random.integers(workload.num_labels, size=workload.num_samples)
+    choice = labels[:, np.newaxis] * width + random.integers(width, size=(workload.num_samples, workload.seq_len))
+    return words[choice], labels
+
+
+def _random_pixels(spec: DatasetSpec, workload: Workload) -> sources.Pictures:
+    """Each label has a pattern, and a sample is its label's pattern and as much noise."""
+    assert spec.image_size is not None
+    random = np.random.default_rng(workload.seed)
+    shape = (workload.num_channels, spec.image_size, spec.image_size)
+    patterns = random.integers(128, size=(workload.num_labels, *shape), dtype=np.uint8)
+    labels = random.integers(workload.num_labels, size=workload.num_samples)
+    noise = random.integers(128, size=(workload.num_samples, *shape), dtype=np.uint8)
+    return sources.Pictures(patterns[labels] + noise, 255, labels)
+
+
+def _mismatch(spec: DatasetSpec, workload: Workload, wanted: str) -> OrreryError:
+    return OrreryError(
+        f"{workload.model} reads {wanted} and the data set {spec.name} does not hold any. "
+        "`orrery list datasets` shows which do."
+    )

@@ -1,0 +1,321 @@
+"""Pipelines of replicated stages as phases: GPipe, 1F1B, and everything between, by one warm-up count per stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from harness.costs import BACKWARD, FORWARD, Costs
+from harness.errors import OrreryError, Unsupported
+from harness.plan import (
+    Action,
+    Collective,
+    Combine,
+    Commit,
+    Compute,
+    Free,
+    Phase,
+    Recv,
+    Send,
+    Shard,
+    Step,
+    Tensor,
+    Value,
+)
+from harness.plan.values import Range
+from harness.workload import OPTIMIZER_STATE_COPIES
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A contiguous range of units on a group of devices, each taking its share of the rows of a micro-batch."""
+
+    units: Range
+    devices: tuple[str, ...]
+    shares: tuple[float, ...]
+
+    def rows(self, micro_batch: int) -> tuple[Range, ...]:
+        """Row range of each device for a micro-batch of that many rows."""
+        counts = split(micro_batch, self.shares)
+        edges = [sum(counts[:i]) for i in range(len(counts) + 1)]
+        return tuple(zip(edges, edges[1:], strict=False))
+
+
+def split(total: int, shares: Sequence[float]) -> list[int]:
+    """Whole numbers proportional to `shares` that sum to `total` (largest remainders; ties to the first)."""
+    weight = sum(shares)
+    exact = [total * share / weight for share in shares]
+    counts = [int(x) for x in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda i: (counts[i] - exact[i], i))
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def micro_batches(batch_size: int, micro_batch_size: int) -> tuple[int, ...]:
+    """Row counts of the micro-batches; the last one takes what is left."""
+    if not 1 <= micro_batch_size:
+        raise OrreryError(f"The micro-batch size is {micro_batch_size}; it must be at least 1.")
+    full, rest = divmod(batch_size, micro_batch_size)
+    return (micro_batch_size,) * full + ((rest,) if rest else ())
+
+
+def one_f_one_b(warmup: int, count: int) -> Iterator[tuple[str, int]]:
+    """`warmup` forwards, then one backward and one forward in turn, then the drain. warmup = count is GPipe."""
+    ahead = min(max(warmup, 1), count)
+    for m in range(ahead):
+        yield FORWARD, m
+    for m in range(count):
+        yield BACKWARD, m
+        if m + ahead < count:
+            yield FORWARD, m + ahead
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Stages in order over `costs`; builds the phase of a batch and the tensors its values name."""
+
+    costs: Costs
+    stages: tuple[Stage, ...]
+    optimizer: str = "sgd"
+
+    def __post_init__(self) -> None:
+        edges = [stage.units for stage in self.stages]
+        if [0, *(last for _, last in edges)] != [*(first for first, _ in edges), len(self.costs.units)]:
+            raise OrreryError(
+                f"The stages {edges} do not cut the {len(self.costs.units)} units into contiguous ranges."
+            )
+        for first, _ in edges[1:]:
+            for name in self.costs.carried(first):
+                if self.costs.tensors[name].batchless:
+                    raise Unsupported(f"{name} has no row axis and would be carried across the cut at unit {first}")
+
+    @cached_property
+    def tied(self) -> dict[str, tuple[str, ...]]:
+        """Parameters held by several stages -> the devices that hold them, in pipeline order."""
+        holders: dict[str, list[Stage]] = {}
+        for stage in self.stages:
+            for name in self.costs.parameters_of(*stage.units):
+                holders.setdefault(name, []).append(stage)
+        return {
+            name: tuple(device for stage in stages for device in stage.devices)
+            for name, stages in holders.items()
+            if len(stages) > 1
+        }
+
+    def rows(self, stage: Stage, count: int) -> tuple[Range, ...]:
+        """Row ranges of the stage's devices for a micro-batch of `count` rows."""
+        cache: dict[tuple[Range, int], tuple[Range, ...]] = self.__dict__.setdefault("_rows", {})
+        if (stage.units, count) not in cache:
+            cache[stage.units, count] = stage.rows(count)
+        return cache[stage.units, count]
+
+    def groups(self, stage: Stage) -> list[tuple[str, tuple[str, ...], tuple[str, ...]]]:
+        """The stage's weights as (suffix of the value names, parameters, devices with a copy), tied ones last."""
+        first, last = stage.units
+        names = self.costs.parameters_of(first, last)
+        own = tuple(name for name in names if name not in self.tied)
+        groups = [(f"@{first}:{last}", own, stage.devices)] if own else []
+        return groups + [(f":{name}", (name,), self.tied[name]) for name in sorted(set(names) & set(self.tied))]
+
+    def _numel(self, names: Sequence[str], trainable: bool) -> int:
+        return sum(p.numel for p in map(self.costs.parameters.__getitem__, names) if p.trainable or not trainable)
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor the phases name."""
+        costs, tensors = self.costs, dict[str, Tensor]()
+        copies = OPTIMIZER_STATE_COPIES[self.optimizer]
+        for stage in self.stages:
+            first, last = stage.units
+            for suffix, names, _ in self.groups(stage):
+                itemsize = costs.parameters[names[0]].itemsize
+                tensors[f"weights{suffix}"] = Tensor("weights", 1, self._numel(names, False), itemsize)
+                trained = self._numel(names, True)
+                if costs.training and trained:
+                    tensors[f"gradients{suffix}"] = Tensor("gradients", 1, trained, itemsize)
+                    if copies:
+                        tensors[f"optimizer{suffix}"] = Tensor("optimizer", 1, trained * copies, itemsize)
+            if buffers := costs.buffers_bytes(first, last):
+                tensors[f"buffers@{first}:{last}"] = Tensor("buffers", 1, buffers)
+            if costs.training:
+                saved = costs.saved(first, last)
+                tensors[f"saved@{first}:{last}"] = Tensor(
+                    "activations", 1, int(saved.per_row), per_row=True, fixed_bytes=int(saved.fixed)
+                )
+            for name in costs.carried(first):
+                cost = costs.tensors[name]
+                tensors[name] = Tensor("activations", cost.tokens, cost.width, cost.itemsize, per_row=True)
+                if costs.training and cost.needs_grad:
+                    tensors[f"grad:{name}@{first}"] = tensors[name]
+        return tensors
+
+    def phase(self, batches: Sequence[int], warmup: Sequence[int], name: str = "train", repeat: int = 1) -> Phase:
+        """One iteration over micro-batches of these row counts; stage p keeps warmup[p] of them in flight."""
+        actions: dict[str, tuple[Action, ...]] = {}
+        live: dict[str, tuple[Value, ...]] = {}
+        shards: dict[str, Shard] = {}
+        for p, stage in enumerate(self.stages):
+            rows = [self.rows(stage, count) for count in batches]
+            for i, device in enumerate(stage.devices):
+                mine = tuple(r[i] for r in rows)
+                worker = _Worker(self, p, mine, tuple(batches))
+                actions[device] = tuple(worker.iteration(warmup[p]))
+                live[device] = worker.live
+                shards[device] = Shard(stage.units, mine)
+        return Phase(
+            name=name,
+            micro_batches=tuple(batches),
+            shards=shards,
+            actions=actions,
+            live=live,
+            tied={f"gradients:{parameter}": devices for parameter, devices in self.tied.items()},
+            repeat=repeat,
+            training=self.costs.training,
+        )
+
+
+class _Worker:
+    """Writes the action list of one device of stage p, which works on `rows[m]` of micro-batch m."""
+
+    def __init__(self, pipeline: Pipeline, p: int, rows: tuple[Range, ...], batches: tuple[int, ...]) -> None:
+        self.pipeline, self.costs, self.p, self.rows, self.batches = pipeline, pipeline.costs, p, rows, batches
+        self.stage = pipeline.stages[p]
+        self._overlap_cache: dict[tuple[Range, int], list[tuple[str, Range]]] = {}
+        self.first, self.last = self.stage.units
+        self.tag = f"@{self.first}:{self.last}"
+        self.before = pipeline.stages[p - 1] if p else None
+        self.behind = pipeline.stages[p + 1] if p + 1 < len(pipeline.stages) else None
+        self.entering = self.costs.carried(self.first) if self.before else ()
+        self.leaving = self.costs.carried(self.last) if self.behind else ()
+        groups = pipeline.groups(self.stage)
+        tensors = pipeline.tensors
+        self.weights = tuple(Value(f"weights{suffix}") for suffix, _, _ in groups)
+        self.state = tuple(Value(n) for s, _, _ in groups if (n := f"optimizer{s}") in tensors)
+        self.buffers = tuple(Value(n) for n in (f"buffers{self.tag}",) if n in tensors)
+        self.gradients = [(Value(n), devices) for s, _, devices in groups if (n := f"gradients{s}") in tensors]
+        self.trained = tuple(Value(f"weights{s}") for s, _, _ in groups if f"gradients{s}" in tensors)
+        self.live = self.weights + self.state + self.buffers
+        self.read = {name for unit in self.costs.units[self.first : self.last] for name in unit.reads}
+        self.kept = self.costs.saves(self.first, self.last) if self.costs.training else frozenset()
+
+    def iteration(self, warmup: int) -> Iterator[Action]:
+        if not self.costs.training:
+            for m in range(len(self.rows)):
+                yield from self._forward(m)
+            return
+        for direction, m in one_f_one_b(warmup, len(self.rows)):
+            yield from self._forward(m) if direction == FORWARD else self._backward(m)
+        yield from self._update()
+
+    def _active(self, m: int) -> bool:
+        return self.rows[m][0] < self.rows[m][1]
+
+    def _overlaps(self, other: Stage, m: int) -> list[tuple[str, Range]]:
+        """Devices of another stage that work on some of this device's rows of micro-batch m, with those rows."""
+        count = self.batches[m]
+        if (other.units, count) not in self._overlap_cache:
+            low, high = self.rows[m]
+            pieces = zip(other.devices, self.pipeline.rows(other, count), strict=True)
+            self._overlap_cache[other.units, count] = [
+                (device, (max(low, a), min(high, b))) for device, (a, b) in pieces if max(low, a) < min(high, b)
+            ]
+        return self._overlap_cache[other.units, count]
+
+    def _receive(self, name: str, source: Stage, m: int) -> Iterator[Action]:
+        """Receive this device's rows of a tensor, joining the pieces when several devices hold them."""
+        whole = Value(name, m, self.rows[m])
+        pieces = [(device, Value(name, m, rows)) for device, rows in self._overlaps(source, m)]
+        for device, piece in pieces:
+            yield Recv(piece, device)
+        if len(pieces) > 1:
+            parts = tuple(piece for _, piece in pieces)
+            yield Combine("concat", parts, whole)
+            yield Free(parts)
+
+    def _distribute(self, name: str, target: Stage, m: int) -> Iterator[Action]:
+        for device, rows in self._overlaps(target, m):
+            yield Send(Value(name, m, rows), device)
+
+    def _saved(self, m: int) -> Value:
+        return Value(f"saved{self.tag}", m, self.rows[m])
+
+    def _held_for_backward(self, m: int) -> tuple[Value, ...]:
+        return tuple(Value(name, m, self.rows[m]) for name in self.entering if name in self.kept)
+
+    def _forward(self, m: int) -> Iterator[Action]:
+        if not self._active(m):
+            return
+        rows, training = self.rows[m], self.costs.training
+        if self.before:
+            for name in self.entering:
+                yield from self._receive(name, self.before, m)
+        made = tuple(Value(name, m, rows) for name in self.leaving if name not in self.entering)
+        yield Compute(
+            (self.first, self.last),
+            FORWARD,
+            m,
+            rows,
+            self.weights + self.buffers,
+            reads=tuple(Value(name, m, rows) for name in self.entering if name in self.read),
+            writes=made + ((self._saved(m),) if training else ()),
+        )
+        if self.behind:
+            for name in self.leaving:
+                yield from self._distribute(name, self.behind, m)
+        kept = self._held_for_backward(m)
+        passed = tuple(v for name in self.entering if (v := Value(name, m, rows)) not in kept)
+        if made + passed:
+            yield Free(made + passed)
+
+    def _flowing(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if self.costs.tensors[name].needs_grad]
+
+    def _backward(self, m: int) -> Iterator[Action]:
+        if not self._active(m):
+            return
+        rows = self.rows[m]
+        arriving = [f"grad:{name}@{self.last}" for name in self._flowing(self.leaving)]
+        going = [f"grad:{name}@{self.first}" for name in self._flowing(self.entering)]
+        for name in arriving:
+            assert self.behind is not None
+            yield from self._receive(name, self.behind, m)
+        spent = (self._saved(m), *self._held_for_backward(m), *(Value(name, m, rows) for name in arriving))
+        if self.gradients or going:
+            yield Compute(
+                (self.first, self.last),
+                BACKWARD,
+                m,
+                rows,
+                self.weights,
+                reads=spent,
+                writes=tuple(Value(name, m, rows) for name in going),
+                accumulates=tuple(value for value, _ in self.gradients),
+            )
+        yield Free(spent)
+        if going:
+            assert self.before is not None
+            for name in going:
+                yield from self._distribute(name, self.before, m)
+            yield Free(tuple(Value(name, m, rows) for name in going))
+
+    def _update(self) -> Iterator[Action]:
+        """Sum the gradients over all copies, update, and commit the round."""
+        summed: list[Value] = []
+        for value, devices in self.gradients:
+            if not any(map(self._active, range(len(self.rows)))):
+                yield Combine("sum", (), value)
+            if len(devices) > 1:
+                yield Collective("all-reduce", value, next_version(value), devices)
+            summed.append(next_version(value) if len(devices) > 1 else value)
+        if summed:
+            changed = self.trained + self.state
+            yield Step(tuple(summed), changed, tuple(map(next_version, changed)))
+            yield Free(tuple(summed))
+        yield Commit()
+
+
+def next_version(value: Value) -> Value:
+    """The value one version on."""
+    return value._replace(version=value.version + 1)

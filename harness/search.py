@@ -1,0 +1,163 @@
+"""What every planner shares: balanced cuts, and one search over micro-batch sizes under the memory budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from harness.cluster import Cluster
+from harness.costs import BACKWARD, FORWARD, Costs
+from harness.errors import OrreryError, OutOfMemory, Unsupported
+from harness.plan import Phase, Plan
+from harness.plan.values import Range
+from harness.schedules import Pipeline, Stage, micro_batches
+from harness.simulator import estimate
+from harness.trace import Trace
+from harness.workload import Workload
+
+#: Given a micro-batch size: the stages, and the warm-up count of each for a number of micro-batches.
+Layout = Callable[[int], tuple[Sequence[Stage], Callable[[int], Sequence[int]]]]
+
+
+def balanced_cuts(costs: Costs, cluster: Cluster, devices: Sequence[str], rows: int) -> list[Range]:
+    """Contiguous layer ranges, one per device in order, whose slowest pass is as fast as possible.
+
+    Exact: a dynamic program over (layers, devices) on the time of forward plus backward for `rows` rows.
+    Returns unit ranges. Raises Unsupported with fewer layers than devices.
+    """
+    layers = costs.layers
+    if len(layers) < len(devices):
+        raise Unsupported(f"{len(devices)} stages need as many layers, and the model has {len(layers)}")
+    edges = [layers[0][0], *(last for _, last in layers)]
+
+    def seconds(first: int, last: int, device: str) -> float:
+        directions = (FORWARD, BACKWARD) if costs.training else (FORWARD,)
+        board = cluster.device(device)
+        return sum(costs.seconds(board, edges[first], edges[last], direction, rows) for direction in directions)
+
+    # slowest[l]: best slowest stage for the first l layers on the devices so far; cut[d][l]: where the last one begins.
+    slowest = [0.0] + [float("inf")] * len(layers)
+    cut: list[list[int]] = []
+    for device in devices:
+        following, begins = [float("inf")] * (len(layers) + 1), [0] * (len(layers) + 1)
+        for last in range(1, len(layers) + 1):
+            for first in range(last - 1, -1, -1):
+                if slowest[first] == float("inf"):
+                    continue
+                stage = seconds(first, last, device)
+                if max(slowest[first], stage) < following[last]:
+                    following[last], begins[last] = max(slowest[first], stage), first
+                if stage > following[last]:
+                    break
+        slowest = following
+        cut.append(begins)
+    ranges: list[Range] = []
+    last = len(layers)
+    for begins in reversed(cut):
+        ranges.append((edges[begins[last]], edges[last]))
+        last = begins[last]
+    return ranges[::-1]
+
+
+def micro_batch_sizes(batch_size: int, asked: object = None) -> list[int]:
+    """Powers of two up to the batch and the batch itself; or just the size that was asked for."""
+    if asked is not None:
+        if not isinstance(asked, int) or not 1 <= asked <= batch_size:
+            raise OrreryError(f"micro_batch_size is {asked!r}; it must be a whole number from 1 to {batch_size}.")
+        return [asked]
+    sizes = {batch_size}
+    size = 1
+    while size < batch_size:
+        sizes.add(size)
+        size *= 2
+    return sorted(sizes, reverse=True)
+
+
+def plan_pipeline(
+    method: str, workload: Workload, costs: Costs, cluster: Cluster, layout: Layout, options: Mapping[str, object]
+) -> Plan:
+    """The fastest plan that fits among the micro-batch sizes: the same search for every method.
+
+    `options["micro_batch_size"]` fixes the size. Ties go to the larger micro-batch.
+    Raises OutOfMemory, naming the device that misses least under the best candidate, when none fits.
+    """
+    best: tuple[float, Plan] | None = None
+    misses: list[OutOfMemory] = []
+    reasons: list[Unsupported] = []
+    for size in micro_batch_sizes(workload.batch_size, options.get("micro_batch_size")):
+        try:
+            plan = _plan(method, workload, costs, size, *layout(size))
+        except Unsupported as reason:
+            reasons.append(reason)
+            continue
+        trace = estimate(plan, costs, cluster)
+        excess = overflow(trace, cluster)
+        if excess is not None:
+            misses.append(excess)
+            continue
+        seconds = _weighted_seconds(plan, trace)
+        if best is None or seconds < best[0]:
+            best = (seconds, plan)
+    if best is not None:
+        return best[1]
+    if misses:
+        raise min(misses, key=lambda miss: miss.needed_bytes - miss.available_bytes)
+    raise reasons[0]
+
+
+def overflow(trace: Trace, cluster: Cluster) -> OutOfMemory | None:
+    """The device that misses most memory, if any does."""
+    misses = [
+        OutOfMemory(name, peak, cluster.device(name).memory_bytes)
+        for name, peak in trace.peak_bytes.items()
+        if peak > cluster.device(name).memory_bytes
+    ]
+    return max(misses, key=lambda miss: miss.needed_bytes - miss.available_bytes, default=None)
+
+
+def _weighted_seconds(plan: Plan, trace: Trace) -> float:
+    """Seconds of the whole run, from one iteration of each distinct phase."""
+    distinct = list({id(phase): phase for phase in plan.phases}.values())
+    seconds = {id(phase): once.time_s for phase, once in zip(distinct, trace.phases, strict=True)}
+    return sum(seconds[id(phase)] * phase.repeat for phase in plan.phases)
+
+
+def _plan(
+    method: str,
+    workload: Workload,
+    costs: Costs,
+    size: int,
+    stages: Sequence[Stage],
+    warmup: Callable[[int], Sequence[int]],
+) -> Plan:
+    pipeline = Pipeline(costs, tuple(stages), workload.optimizer)
+    built: dict[tuple[int, int], Phase] = {}
+    phases: list[Phase] = []
+    kind = "train" if costs.training else "infer"
+    for batch_size, repeat in workload.batches():
+        if (batch_size, repeat) not in built:
+            batches = micro_batches(batch_size, size)
+            name = kind if batch_size == workload.batch_size else f"{kind} last batch"
+            built[batch_size, repeat] = pipeline.phase(batches, warmup(len(batches)), name, repeat)
+        phases.append(built[batch_size, repeat])
+    return Plan(
+        method=method,
+        num_units=len(costs.units),
+        tensors=pipeline.tensors,
+        phases=tuple(phases),
+        summary=dict(_summary(costs, stages, size, phases[0])),
+    )
+
+
+def _summary(costs: Costs, stages: Sequence[Stage], size: int, phase: Phase) -> Iterator[tuple[str, object]]:
+    yield "grouping", [len(stage.devices) for stage in stages]
+    yield "devices", [list(stage.devices) for stage in stages]
+    yield "layer_cuts", [_layers(costs, stage.units) for stage in stages]
+    yield "rows", [[high - low for low, high in stage.rows(phase.micro_batches[0])] for stage in stages]
+    yield "micro_batch_size", size
+    yield "num_micro_batches", len(phase.micro_batches)
+
+
+def _layers(costs: Costs, units: Range) -> list[int]:
+    """The layers [first, last) of a unit range that is cut at layers."""
+    starts = [first for first, _ in costs.layers]
+    return [starts.index(units[0]), starts.index(units[1]) if units[1] < len(costs.units) else len(starts)]

@@ -1,0 +1,334 @@
+"""The plan's first reader: discrete events in virtual time.
+
+Time is counted in whole picoseconds, so that a run repeats to the bit and a periodic iteration is exactly periodic.
+A queue works in list order, so an iteration is a longest path through its graph; only transfers that share a medium
+compete, and those are served in the order in which they become ready, iteration by iteration.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from harness.cluster import Cluster
+from harness.costs import FORWARD, Costs
+from harness.ledger import Ledger
+from harness.plan.actions import QUEUES, Combine, Compute, Load, Send, Step, Store
+from harness.plan.flow import Graph, link
+from harness.plan.plan import Phase, Plan
+from harness.trace import Event, PhaseTrace, Trace
+
+PICOSECONDS = 10**12
+#: Iterations of a phase whose events are kept for pictures; totals cover every iteration.
+EVENTS_KEPT = 2
+#: Longest cycle, in iterations, that the periodicity check looks for.
+LONGEST_CYCLE = 4
+
+
+@dataclass
+class _State:
+    """When each queue, carried value and medium is free. Picoseconds."""
+
+    queue: list[int]
+    live: dict[tuple[int, str], int] = field(default_factory=dict)
+    medium: dict[str, int] = field(default_factory=dict)
+
+    def shift(self, graph: Graph, media: Sequence[str], by: int) -> None:
+        """Move everything that the phase touches later by `by`."""
+        for queue in graph.ends:
+            self.queue[queue] += by
+        for key in graph.live_writers:
+            self.live[key] += by
+        for medium in media:
+            self.medium[medium] += by
+
+    def vector(self, graph: Graph, media: Sequence[str]) -> np.ndarray:
+        return np.array(
+            [self.queue[q] for q in graph.ends]
+            + [self.live[k] for k in graph.live_writers]
+            + [self.medium[m] for m in media],
+            dtype=np.int64,
+        )
+
+
+@dataclass
+class _Timed:
+    """A phase's graph with the time that each node takes on this cluster."""
+
+    phase: Phase
+    graph: Graph
+    duration: list[int]
+    latency: list[int]
+    medium: dict[int, str]
+    workspace: dict[int, int]
+    busy: list[int]
+    link_bytes: dict[tuple[str, str], int]
+
+    @property
+    def media(self) -> list[str]:
+        return sorted(set(self.medium.values()))
+
+
+def simulate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
+    """Run the plan in virtual time. Raises InvalidPlan, and OrreryError where a device's rate is unknown."""
+    prepared: dict[int, _Timed] = {}
+    devices = plan.devices
+    state = _State([0] * (len(QUEUES) * len(devices)))
+    ledger = Ledger(devices)
+    kept: list[_Kept] = []
+    busy = [0] * len(state.queue)
+    link_bytes: dict[tuple[str, str], int] = {}
+    phases: list[PhaseTrace] = []
+    now = 0
+    for number, phase in enumerate(plan.phases):
+        timed = prepared.get(id(phase))
+        seen = timed is not None
+        if timed is None:
+            timed = prepared[id(phase)] = _time(phase, plan, costs, cluster)
+        began = now
+        iteration_ends: list[int] = []
+        for iteration, start, end in _iterations(timed, state):
+            ledger.add(timed.graph, start, end, timed.workspace)
+            if iteration < EVENTS_KEPT and not seen:
+                kept.append(_Kept(timed, number, iteration, start, end))
+            now = max(now, max(end, default=now))
+            iteration_ends.append(now)
+        now = max(now, *(state.queue[q] for q in timed.graph.ends), *state.live.values())
+        for queue, time in enumerate(timed.busy):
+            busy[queue] += time * phase.repeat
+        for ends, nbytes in timed.link_bytes.items():
+            link_bytes[ends] = link_bytes.get(ends, 0) + nbytes * phase.repeat
+        lengths = np.diff([began, *iteration_ends]) / PICOSECONDS
+        phases.append(
+            PhaseTrace(
+                phase.name,
+                phase.repeat,
+                began / PICOSECONDS,
+                (now - began) / PICOSECONDS,
+                sum(timed.link_bytes.values()) * phase.repeat,
+                tuple(lengths.tolist()),
+            )
+        )
+    peaks = ledger.settle()
+    return Trace(
+        mode="simulated",
+        devices=devices,
+        total_s=now / PICOSECONDS,
+        events=_Events(kept),
+        phases=tuple(phases),
+        busy_s={
+            name: {queue: busy[len(QUEUES) * d + q] / PICOSECONDS for q, queue in enumerate(QUEUES)}
+            for d, name in enumerate(devices)
+        },
+        link_bytes=link_bytes,
+        peak_bytes=peaks.total,
+        memory_bytes=peaks.by_kind,
+        memory_timeline={
+            name: tuple((time / PICOSECONDS, nbytes) for time, nbytes in points)
+            for name, points in peaks.timeline.items()
+        },
+    )
+
+
+def estimate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
+    """Simulate each distinct phase of the plan just once: enough to compare candidate plans."""
+    distinct = {id(phase): phase for phase in plan.phases}
+    return simulate(replace(plan, phases=tuple(replace(p, repeat=1) for p in distinct.values())), costs, cluster)
+
+
+def _time(phase: Phase, plan: Plan, costs: Costs, cluster: Cluster) -> _Timed:
+    """Link the phase and give every node its duration."""
+    graph = link(phase, plan.tensors)
+    devices = [cluster.device(name) for name in graph.devices]
+    links = {
+        (a, b): cluster.link(graph.devices[a], graph.devices[b])
+        for a, b in {(graph.device[n], graph.peer[n]) for n in range(len(graph)) if graph.peer[n] >= 0}
+    }
+    timed = _Timed(phase, graph, [0] * len(graph), [0] * len(graph), {}, {}, [0] * (4 * len(devices)), {})
+    for node, action in enumerate(graph.actions):
+        device, nbytes = devices[graph.device[node]], graph.nbytes[node]
+        seconds = 0.0
+        if isinstance(action, Send):
+            ends = (graph.device[node], graph.peer[node])
+            line = links[ends]
+            seconds = nbytes / line.bandwidth
+            timed.latency[node] = round(line.latency_s * PICOSECONDS)
+            if line.medium is not None:
+                timed.medium[node] = line.medium
+            names = (graph.devices[ends[0]], graph.devices[ends[1]])
+            timed.link_bytes[names] = timed.link_bytes.get(names, 0) + nbytes
+        elif isinstance(action, Compute):
+            first, last = action.units
+            rows = action.rows[1] - action.rows[0]
+            seconds = costs.seconds(device, first, last, action.direction, rows)
+            fresh = action.direction != FORWARD and node in graph.makes_gradients
+            timed.workspace[node] = costs.workspace(first, last, action.direction, rows, fresh)
+        elif isinstance(action, Combine):
+            # A sum reads two operands and writes one, a concatenation reads and writes.
+            seconds = nbytes * (3 if action.op == "sum" else 2) / device.memory_bandwidth
+        elif isinstance(action, Step):
+            seconds = nbytes / device.memory_bandwidth
+        elif isinstance(action, (Load, Store)):
+            rate = device.storage_read if isinstance(action, Load) else device.storage_write
+            if rate is None:
+                raise ValueError(f"the storage rate of {device.profile} is unknown")
+            seconds = nbytes / rate
+        timed.duration[node] = time = round(seconds * PICOSECONDS)
+        for queue in graph.queues_of(node):
+            timed.busy[queue] += time
+    return timed
+
+
+def _iterations(timed: _Timed, state: _State) -> Iterator[tuple[int, list[int], list[int]]]:
+    """Simulate iterations (number, starts, ends) until they are periodic, then jump over whole cycles."""
+    graph, media = timed.graph, timed.media
+    history: list[np.ndarray] = []
+    left, number = timed.phase.repeat, 0
+    while left:
+        start, end = _iteration(timed, state)
+        yield number, start, end
+        left -= 1
+        number += 1
+        history.append(state.vector(graph, media))
+        for cycle in range(1, min(LONGEST_CYCLE, len(history) - 1) + 1):
+            if left < cycle:
+                break
+            step = history[-1] - history[-1 - cycle]
+            if step.size and (step == step[0]).all():
+                jumps = left // cycle
+                state.shift(graph, media, int(step[0]) * jumps)
+                left -= jumps * cycle
+                history.clear()
+                break
+
+
+def _iteration(timed: _Timed, state: _State) -> tuple[list[int], list[int]]:
+    """Start and end of every node of one iteration, from the state before it, which is advanced."""
+    graph, duration, latency, medium = timed.graph, timed.duration, timed.latency, timed.medium
+    then, behind = graph.then, graph.behind
+    earliest = [0] * len(graph)
+    start, end = [0] * len(graph), [0] * len(graph)
+    waits = graph.waits.copy()
+    for queue, node in graph.begins.items():
+        earliest[node] = max(earliest[node], state.queue[queue])
+    for node, device, name in graph.live_readers:
+        earliest[node] = max(earliest[node], state.live.get((device, name), 0))
+    ready = [node for node, count in enumerate(waits) if count == 0]
+    requests: list[tuple[int, int]] = []
+    while True:
+        while ready:
+            node = ready.pop()
+            if node in medium:
+                heapq.heappush(requests, (earliest[node], node))
+                continue
+            start[node] = begun = earliest[node]
+            end[node] = done = begun + duration[node]
+            for follower in behind[node]:
+                if done > earliest[follower]:
+                    earliest[follower] = done
+                waits[follower] -= 1
+                if not waits[follower]:
+                    ready.append(follower)
+            done += latency[node]
+            for follower in then[node]:
+                if done > earliest[follower]:
+                    earliest[follower] = done
+                waits[follower] -= 1
+                if not waits[follower]:
+                    ready.append(follower)
+        if not requests:
+            break
+        # Nothing else can run, so no request that is still unknown can be ready before this one.
+        _, node = heapq.heappop(requests)
+        name = medium[node]
+        start[node] = begun = max(earliest[node], state.medium.get(name, 0))
+        end[node] = done = begun + duration[node]
+        state.medium[name] = done
+        for followers, time in ((behind[node], done), (then[node], done + latency[node])):
+            for follower in followers:
+                earliest[follower] = max(earliest[follower], time)
+                waits[follower] -= 1
+                if not waits[follower]:
+                    ready.append(follower)
+    for queue, node in graph.ends.items():
+        state.queue[queue] = end[node]
+    for key, node in graph.live_writers.items():
+        state.live[key] = end[node] + latency[node]
+    return start, end
+
+
+@dataclass(frozen=True)
+class _Kept:
+    timed: _Timed
+    phase: int
+    iteration: int
+    start: list[int]
+    end: list[int]
+
+
+class _Events(Sequence[Event]):
+    """Events in order of their start, made when they are looked at: a million of them cost nothing until then."""
+
+    def __init__(self, kept: list[_Kept]) -> None:
+        self._kept = kept
+        self._rows: list[tuple[int, int, int]] | None = None
+
+    def _order(self) -> list[tuple[int, int, int]]:
+        if self._rows is None:
+            self._rows = [
+                (k, node, side)
+                for k, kept in enumerate(self._kept)
+                for node in range(len(kept.start))
+                for side in range(1 + (kept.timed.graph.peer[node] >= 0))
+            ]
+            self._rows.sort(key=lambda row: (self._kept[row[0]].start[row[1]], row))
+        return self._rows
+
+    def __len__(self) -> int:
+        return len(self._order())
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        k, node, side = self._order()[index]
+        kept = self._kept[k]
+        graph, action = kept.timed.graph, kept.timed.graph.actions[node]
+        queue = graph.queues_of(node)[side]
+        own, peer = graph.device[node], graph.peer[node]
+        if side:
+            own, peer = peer, own
+        received = side == 1
+        return Event(
+            device=graph.devices[own],
+            queue=QUEUES[queue % len(QUEUES)],
+            kind="recv" if received else kind_of(action),
+            label=label_of(action),
+            start_s=kept.start[node] / PICOSECONDS,
+            end_s=kept.end[node] / PICOSECONDS,
+            phase=kept.phase,
+            iteration=kept.iteration,
+            micro_batch=getattr(action, "micro_batch", getattr(getattr(action, "value", None), "micro_batch", -1)),
+            nbytes=graph.nbytes[node],
+            peer=graph.devices[peer] if peer >= 0 else "",
+        )
+
+
+def kind_of(action: object) -> str:
+    """The event kind: forward, backward, or the action's name."""
+    return action.direction if isinstance(action, Compute) else type(action).__name__.lower()
+
+
+def label_of(action: object) -> str:
+    """What a person reads in a timeline."""
+    match action:
+        case Compute():
+            return f"{action.direction[0].upper()}{action.micro_batch} {action.units[0]}:{action.units[1]}"
+        case Send() | Load() | Store():
+            return str(action.value)
+        case Combine():
+            return f"{action.op} {action.write}"
+        case _:
+            return type(action).__name__.lower()

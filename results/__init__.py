@@ -1,0 +1,1 @@
+"""What people read: the papers' reference cells, reproductions, tables, figures and reports."""
