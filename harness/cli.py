@@ -107,6 +107,29 @@ def doctor(testbed: Testbed = None, out: Out = DEFAULT_OUT, as_json: Json = Fals
 
 
 @app.command()
+def profile(
+    ctx: typer.Context,
+    testbed: Annotated[str, typer.Option("--testbed", help="name of a testbed, or path of a TOML file")],
+    model: Annotated[str, typer.Option("--model")],
+    technique: Technique = None,
+    dataset: Dataset = None,
+    batch_size: BatchSize = None,
+    seq_len: SeqLen = None,
+    decoder_seq_len: DecoderSeqLen = None,
+    image_size: ImageSize = None,
+    dtype: Dtype = None,
+    attn_implementation: Attention = None,
+) -> None:
+    """Count what a model costs unit by unit, and time it where the testbed is this machine. Both are kept."""
+    from harness import registry, runner, show
+    from harness.experiment import workload_of
+
+    bed = registry.load_testbed(testbed)
+    workload = workload_of(_tables(ctx)["workload"], "the command line")
+    print(show.costs_table(runner.profile_of(workload, bed), bed.cluster, workload.batch_size))
+
+
+@app.command()
 def plan(
     ctx: typer.Context,
     method: Method = None,
@@ -239,11 +262,11 @@ def _tables(ctx: typer.Context) -> dict[str, dict[str, Any]]:
     """The flags that were given, as the tables of an experiment file."""
     from harness.experiment import KEYS
 
-    given = {**ctx.params, "plan": ctx.params["plan_file"]}
+    given = {**ctx.params, "plan": ctx.params.get("plan_file")}
     tables: dict[str, dict[str, Any]] = {
         section: {key: given[key] for key in keys if given.get(key) is not None} for section, keys in KEYS.items()
     }
-    return {**tables, "options": _options(given["options"] or ())}
+    return {**tables, "options": _options(given.get("options") or ())}
 
 
 def _options(settings: Iterable[str]) -> dict[str, dict[str, object]]:

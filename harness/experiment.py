@@ -47,6 +47,8 @@ KEYS: dict[str, dict[str, type]] = {
         "seq_len": int,
         "decoder_seq_len": int,
         "image_size": int,
+        "num_channels": int,
+        "num_samples": int,
         "epochs": int,
         "steps": int,
         "optimizer": str,
@@ -62,13 +64,18 @@ KEYS: dict[str, dict[str, type]] = {
 DEFAULT_DATASETS = {"text": "mrpc", "image": "digits"}
 #: PAC (ICPP 2024) trains with mini-batches of 16.
 DEFAULT_BATCH_SIZE = 16
+#: Runs in this mode read no data, and repeating one gives the same bytes.
+COMPUTED = "simulated"
 CONTRADICTIONS = ((("workload", "epochs"), ("workload", "steps")), (("run", "method"), ("run", "plan")))
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
 @dataclass(frozen=True)
 class Request:
-    """One run that is asked for, with every name looked up. `options` are the method's, defaults included."""
+    """One run that is asked for, with every name looked up. `options` are the method's, defaults included.
+
+    Simulated runs are done once and have no `data_dir`, whatever was asked: neither makes a difference.
+    """
 
     method: Method
     options: Mapping[str, object] = field(hash=False)
@@ -76,7 +83,7 @@ class Request:
     testbed: Testbed
     mode: str
     repeats: int = 1
-    data_dir: str | None = None
+    data_dir: Path | None = None
 
     @property
     def config_hash(self) -> str:
@@ -89,7 +96,7 @@ class Request:
             "testbed": [self.testbed.name, dataclasses.asdict(self.testbed.cluster)],
             "mode": self.mode,
             "repeats": self.repeats,
-            "data_dir": self.data_dir,
+            "data_dir": None if self.data_dir is None else str(self.data_dir),
         }
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -116,7 +123,7 @@ def expand(tables: Mapping[str, Any], source: str) -> list[Request]:
     without planning is refused here, before the first run.
     """
     _check(tables, source)
-    workloads = [_workload(values, source) for values in _product(tables.get("workload", {}))]
+    workloads = [workload_of(values, source) for values in _product(tables.get("workload", {}))]
     requests = [
         request
         for workload in workloads
@@ -182,7 +189,7 @@ def _product(table: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield dict(zip(table, values, strict=True))
 
 
-def _workload(values: Mapping[str, Any], source: str) -> Workload:
+def workload_of(values: Mapping[str, Any], source: str) -> Workload:
     """The data set gives the number of samples, the labels and the shape; a shape that is asked for goes first."""
     images = reads_images(values["model"])
     spec = datasets.spec(values.get("dataset", DEFAULT_DATASETS["image" if images else "text"]))
@@ -206,6 +213,7 @@ def _requests(workload: Workload, run: Mapping[str, Any], options: Mapping[str, 
     mode = run.get("mode", "simulated")
     if mode not in registry.MODES:
         raise unknown_name("mode", mode, registry.MODES)
+    computed = mode == COMPUTED
     for chosen in _product(options.get(method.name, {})):
         yield Request(
             method=method,
@@ -213,8 +221,8 @@ def _requests(workload: Workload, run: Mapping[str, Any], options: Mapping[str, 
             workload=workload,
             testbed=testbed,
             mode=mode,
-            repeats=run.get("repeats", 1),
-            data_dir=run.get("data_dir"),
+            repeats=1 if computed else run.get("repeats", 1),
+            data_dir=None if computed or "data_dir" not in run else Path(run["data_dir"]).expanduser(),
         )
 
 

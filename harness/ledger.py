@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from harness.plan.actions import QUEUES
 from harness.plan.flow import Graph
 from harness.plan.values import KINDS
 

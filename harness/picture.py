@@ -60,7 +60,7 @@ def gantt(
         raise OrreryError(f"{path}: a picture's name ends in one of {', '.join(METADATA)}. Choose one of them.")
     devices = trace.devices[:MAX_DEVICES]
     in_order = dict.fromkeys((event.phase, event.iteration) for event in trace.events)
-    window = list(in_order)[: max(1, iterations)]
+    window = list(in_order)[:iterations]
     events = [
         event for event in trace.events if (event.phase, event.iteration) in window and event.end_s > event.start_s
     ]
@@ -171,7 +171,9 @@ def _memory(
     budget_bytes: Mapping[str, int],
 ) -> int:
     """Bytes alive on each device between `begin` and `end`, as steps. Returns the number of lines of the legend."""
-    largest = max([*(trace.peak_bytes[device] for device in devices), *budget_bytes.values()])
+    most = max(trace.peak_bytes[device] for device in devices)
+    # Where there is memory to spare, the curves get half of the height; a limit above that is in the legend only.
+    largest = max([most, *(min(nbytes, 2 * most) for nbytes in budget_bytes.values())])
     divisor, unit = (2**30, "GiB") if largest >= 2**32 else (2**20, "MiB") if largest >= 2**20 else (2**10, "KiB")
     # Devices with one and the same curve share a line: one would hide the others.
     owners: dict[tuple[tuple[float, int], ...], list[str]] = {}
@@ -195,7 +197,7 @@ def _memory(
         limits.setdefault(nbytes, []).append(device)
     for index, (nbytes, names) in enumerate(limits.items()):
         whose = "each device" if len(names) == len(devices) else _names(names)
-        label = f"{whose} has {nbytes / divisor:.4g} {unit}"
+        label = f"memory of {whose}: {nbytes / divisor:.4g} {unit}" + (" (off the scale)" if nbytes > largest else "")
         dashes = (0, (6 / (index + 1), 3))
         axes.axhline(nbytes / divisor, color="black", linestyle=dashes, linewidth=0.7, label=label)
     axes.set_ylim(0, largest / divisor * 1.05)

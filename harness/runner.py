@@ -19,11 +19,9 @@ from harness.plan import Plan
 from harness.plan.flow import InvalidPlan
 from harness.plan.validate import validate
 from harness.records import SCHEMA_VERSION, AssumedConstant, Provenance, Record
+from harness.registry import Testbed
 from harness.trace import Trace
 from harness.workload import Workload
-
-#: Runs in this mode are computed: repeating one gives the same bytes, so it is done once.
-COMPUTED = "simulated"
 
 
 @dataclass(frozen=True)
@@ -87,9 +85,8 @@ def _run(request: Request, found: dict[str, Any]) -> None:
     workload, testbed = request.workload, request.testbed
     costs, plan = make_plan(request, found)
     execute = registry.load_mode(request.mode)
-    times = 1 if request.mode == COMPUTED else request.repeats
     runs = []
-    for _ in range(times):
+    for _ in range(request.repeats):
         execution = execute(plan, workload, costs, testbed, data_dir=request.data_dir)
         found.update(measure.memory(execution.trace))
         _must_fit(execution.trace, request)
@@ -103,20 +100,15 @@ def _run(request: Request, found: dict[str, Any]) -> None:
 def make_plan(request: Request, found: dict[str, Any] | None = None) -> tuple[Costs, Plan]:
     """Costs of the workload and the method's plan for it, validated. Record fields about it go to `found`."""
     _shapes_match(request.workload)
-    costs = profile.count(request.workload)
+    costs = profile_of(request.workload, request.testbed)
     began = time.perf_counter()
     plan = request.method.plan(request.workload, costs, request.testbed.cluster, request.options)
     seconds = time.perf_counter() - began
+    _must_fit_the_question(plan, costs, request)
     try:
-        validate(plan, costs, request.testbed.cluster)
+        validate(plan)
     except InvalidPlan as error:
         raise OrreryError(f"The plan of {request.method.name} is not valid: {error}.") from error
-    planned = sum(phase.batch_size * phase.repeat for phase in plan.phases)
-    if planned != request.workload.total_samples:
-        raise OrreryError(
-            f"The plan of {request.method.name} processes {planned} samples, and the workload has "
-            f"{request.workload.total_samples}. Make the plan for this data set, batch size and number of epochs."
-        )
     if found is not None:
         found.update(
             planning_time_s=seconds,
@@ -124,6 +116,40 @@ def make_plan(request: Request, found: dict[str, Any] | None = None) -> tuple[Co
             micro_batch_size=max(max(phase.micro_batches) for phase in plan.phases),
         )
     return costs, plan
+
+
+def profile_of(workload: Workload, testbed: Testbed) -> Costs:
+    """The workload's costs; with this machine's own times, measured now or before, where the testbed is this machine.
+
+    Times depend on shapes, not on words: what is timed is the synthetic data set in the workload's shape. Image models
+    start at two rows, because batch norm can't train on one value per channel.
+    """
+    costs = profile.count(workload)
+    if all(device.measured is None for device in testbed.cluster.devices):
+        return costs
+    from harness.profile.measure import measured
+
+    size = workload.batch_size
+    samples = datasets.load(dataclasses.replace(workload, dataset="synthetic", num_samples=size))
+    smallest = 1 if workload.image_size is None else 2
+    rows = sorted({size, *(2**power for power in range(size.bit_length()) if smallest <= 2**power < size)})
+    return measured(workload, costs, lambda count: samples.batch(range(count)), rows)
+
+
+def _must_fit_the_question(plan: Plan, costs: Costs, request: Request) -> None:
+    """A plan from a file may have been made for another model, testbed or amount of data."""
+    cluster, workload = request.testbed.cluster, request.workload
+    strangers = [device for device in plan.devices if device not in cluster.names]
+    samples = sum(phase.batch_size * phase.repeat for phase in plan.phases)
+    if strangers:
+        found = f"uses {', '.join(strangers)}, and {cluster.name} has {', '.join(cluster.names)}"
+    elif plan.num_units != len(costs.units):
+        found = f"cuts a model of {plan.num_units} units, and {workload.model} has {len(costs.units)}"
+    elif samples != workload.total_samples:
+        found = f"processes {samples} samples, and the workload has {workload.total_samples}"
+    else:
+        return
+    raise OrreryError(f"The plan of {request.method.name} {found}. Plan again for this workload and testbed.")
 
 
 def _shapes_match(workload: Workload) -> None:

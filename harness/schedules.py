@@ -55,7 +55,7 @@ def split(total: int, shares: Sequence[float]) -> list[int]:
 
 def micro_batches(batch_size: int, micro_batch_size: int) -> tuple[int, ...]:
     """Row counts of the micro-batches; the last one takes what is left."""
-    if not 1 <= micro_batch_size:
+    if micro_batch_size < 1:
         raise OrreryError(f"The micro-batch size is {micro_batch_size}; it must be at least 1.")
     full, rest = divmod(batch_size, micro_batch_size)
     return (micro_batch_size,) * full + ((rest,) if rest else ())
@@ -225,13 +225,12 @@ class _Worker:
 
     def _receive(self, name: str, source: Stage, m: int) -> Iterator[Action]:
         """Receive this device's rows of a tensor, joining the pieces when several devices hold them."""
-        whole = Value(name, m, self.rows[m])
         pieces = [(device, Value(name, m, rows)) for device, rows in self._overlaps(source, m)]
         for device, piece in pieces:
             yield Recv(piece, device)
         if len(pieces) > 1:
             parts = tuple(piece for _, piece in pieces)
-            yield Combine("concat", parts, whole)
+            yield Combine("concat", parts, Value(name, m, self.rows[m]))
             yield Free(parts)
 
     def _distribute(self, name: str, target: Stage, m: int) -> Iterator[Action]:

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+from harness.cluster import Cluster
+from harness.costs import DIRECTIONS, FORWARD, Costs
 from harness.records import Record
 
 
@@ -32,6 +34,26 @@ def records_table(records: Iterable[Record]) -> str:
         for record in records
     ]
     return columns((*asked, "samples/s", "total", "peak MiB", "J"), rows)
+
+
+def costs_table(costs: Costs, cluster: Cluster, rows: int) -> str:
+    """One line per unit of the chain for a batch of `rows`: work, bytes, and seconds on each kind of device."""
+    boards = {device.profile: device for device in cluster.devices}
+    directions = DIRECTIONS if costs.training else (FORWARD,)
+    lines = [
+        (
+            unit.name,
+            number(unit.forward.flops(rows) / 1e9),
+            number(sum(costs.parameters[name].bytes for name in unit.parameters) / 2**20),
+            number(costs.saved(index, index + 1).at(rows) / 2**20),
+            *(
+                duration(sum(costs.seconds(board, index, index + 1, direction, rows) for direction in directions))
+                for board in boards.values()
+            ),
+        )
+        for index, unit in enumerate(costs.units)
+    ]
+    return columns(("unit", "forward GFLOP", "weights MiB", "saved MiB", *boards), lines)
 
 
 def ending(record: Record) -> str:

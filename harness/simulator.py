@@ -1,8 +1,9 @@
 """The plan's first reader: discrete events in virtual time.
 
 Time is counted in whole picoseconds, so that a run repeats to the bit and a periodic iteration is exactly periodic.
-A queue works in list order, so an iteration is a longest path through its graph; only transfers that share a medium
-compete, and those are served in the order in which they become ready, iteration by iteration.
+Compute, sends and storage work in list order, so an iteration is a longest path through its graph; only transfers
+compete, for the receiving port and for a shared medium, and those are served in the order in which they become ready,
+iteration by iteration.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import numpy as np
 from harness.cluster import Cluster
 from harness.costs import FORWARD, Costs
 from harness.ledger import Ledger
-from harness.plan.actions import QUEUES, Combine, Compute, Load, Send, Step, Store
+from harness.plan.actions import NIC_IN, QUEUES, Combine, Compute, Load, Send, Step, Store
 from harness.plan.flow import Graph, link
 from harness.plan.plan import Phase, Plan
-from harness.trace import Event, PhaseTrace, Trace
+from harness.trace import Event, PhaseTrace, Trace, kind_of, label_of, micro_batch_of
 
 PICOSECONDS = 10**12
 #: Iterations of a phase whose events are kept for pictures; totals cover every iteration.
@@ -38,7 +39,7 @@ class _State:
 
     def shift(self, graph: Graph, media: Sequence[str], by: int) -> None:
         """Move everything that the phase touches later by `by`."""
-        for queue in graph.ends:
+        for queue in (*graph.ends, *graph.receiving):
             self.queue[queue] += by
         for key in graph.live_writers:
             self.live[key] += by
@@ -47,7 +48,7 @@ class _State:
 
     def vector(self, graph: Graph, media: Sequence[str]) -> np.ndarray:
         return np.array(
-            [self.queue[q] for q in graph.ends]
+            [self.queue[q] for q in (*graph.ends, *graph.receiving)]
             + [self.live[k] for k in graph.live_writers]
             + [self.medium[m] for m in media],
             dtype=np.int64,
@@ -208,7 +209,7 @@ def _iterations(timed: _Timed, state: _State) -> Iterator[tuple[int, list[int], 
 def _iteration(timed: _Timed, state: _State) -> tuple[list[int], list[int]]:
     """Start and end of every node of one iteration, from the state before it, which is advanced."""
     graph, duration, latency, medium = timed.graph, timed.duration, timed.latency, timed.medium
-    then, behind = graph.then, graph.behind
+    then, behind, peer = graph.then, graph.behind, graph.peer
     earliest = [0] * len(graph)
     start, end = [0] * len(graph), [0] * len(graph)
     waits = graph.waits.copy()
@@ -218,41 +219,38 @@ def _iteration(timed: _Timed, state: _State) -> tuple[list[int], list[int]]:
         earliest[node] = max(earliest[node], state.live.get((device, name), 0))
     ready = [node for node, count in enumerate(waits) if count == 0]
     requests: list[tuple[int, int]] = []
+
+    def release(followers: list[int], time: int) -> None:
+        for follower in followers:
+            if time > earliest[follower]:
+                earliest[follower] = time
+            waits[follower] -= 1
+            if not waits[follower]:
+                ready.append(follower)
+
     while True:
         while ready:
             node = ready.pop()
-            if node in medium:
+            if peer[node] >= 0:
                 heapq.heappush(requests, (earliest[node], node))
                 continue
-            start[node] = begun = earliest[node]
-            end[node] = done = begun + duration[node]
-            for follower in behind[node]:
-                if done > earliest[follower]:
-                    earliest[follower] = done
-                waits[follower] -= 1
-                if not waits[follower]:
-                    ready.append(follower)
-            done += latency[node]
-            for follower in then[node]:
-                if done > earliest[follower]:
-                    earliest[follower] = done
-                waits[follower] -= 1
-                if not waits[follower]:
-                    ready.append(follower)
+            start[node] = earliest[node]
+            end[node] = done = earliest[node] + duration[node]
+            release(behind[node], done)
+            release(then[node], done)
         if not requests:
             break
         # Nothing else can run, so no request that is still unknown can be ready before this one.
         _, node = heapq.heappop(requests)
-        name = medium[node]
-        start[node] = begun = max(earliest[node], state.medium.get(name, 0))
-        end[node] = done = begun + duration[node]
-        state.medium[name] = done
-        for followers, time in ((behind[node], done), (then[node], done + latency[node])):
-            for follower in followers:
-                earliest[follower] = max(earliest[follower], time)
-                waits[follower] -= 1
-                if not waits[follower]:
-                    ready.append(follower)
+        port = len(QUEUES) * peer[node] + QUEUES.index(NIC_IN)
+        begun = max(earliest[node], state.queue[port])
+        if node in medium:
+            begun = max(begun, state.medium.get(medium[node], 0))
+            state.medium[medium[node]] = begun + duration[node]
+        start[node] = begun
+        end[node] = state.queue[port] = done = begun + duration[node]
+        release(behind[node], done)
+        release(then[node], done + latency[node])
     for queue, node in graph.ends.items():
         state.queue[queue] = end[node]
     for key, node in graph.live_writers.items():
@@ -310,25 +308,7 @@ class _Events(Sequence[Event]):
             end_s=kept.end[node] / PICOSECONDS,
             phase=kept.phase,
             iteration=kept.iteration,
-            micro_batch=getattr(action, "micro_batch", getattr(getattr(action, "value", None), "micro_batch", -1)),
+            micro_batch=micro_batch_of(action),
             nbytes=graph.nbytes[node],
             peer=graph.devices[peer] if peer >= 0 else "",
         )
-
-
-def kind_of(action: object) -> str:
-    """The event kind: forward, backward, or the action's name."""
-    return action.direction if isinstance(action, Compute) else type(action).__name__.lower()
-
-
-def label_of(action: object) -> str:
-    """What a person reads in a timeline."""
-    match action:
-        case Compute():
-            return f"{action.direction[0].upper()}{action.micro_batch} {action.units[0]}:{action.units[1]}"
-        case Send() | Load() | Store():
-            return str(action.value)
-        case Combine():
-            return f"{action.op} {action.write}"
-        case _:
-            return type(action).__name__.lower()

@@ -69,10 +69,10 @@ def _find(spec: DatasetSpec, data_dir: Path, name: str) -> Path:
         for path in candidates:
             if path.exists():
                 return path
-    problem = "has neither" if data_dir.is_dir() else "is no folder; looked for"
+    problem = "holds neither of them" if data_dir.is_dir() else "is no folder"
     raise OrreryError(
-        f"--data-dir {data_dir} {problem} {candidates[0]} nor {candidates[1]}. Give the folder that holds "
-        f"{spec.name}/{name}, or leave --data-dir away to load {spec.hub} from the Hugging Face hub."
+        f"Looked for {candidates[0]} and {candidates[1]}, but --data-dir {data_dir} {problem}. Give the folder that "
+        f"holds {spec.name}/{name}, or leave --data-dir away to load {spec.hub} from the Hugging Face hub."
     )
 
 
@@ -128,7 +128,11 @@ def _text(spec: DatasetSpec, table: Table, origin: str) -> Text:
 def _pictures(spec: DatasetSpec, table: Table, origin: str) -> Pictures:
     column = "image" if "image" in table.column_names else "img"
     _require_columns(table, (column, "label"), origin)
-    pixels = np.stack([np.asarray(image.convert("RGB"), np.uint8) for image in table[column]])
+    images = [np.asarray(image.convert("RGB"), np.uint8) for image in table[column]]
+    sizes = {image.shape for image in images}
+    if len(sizes) > 1:
+        raise OrreryError(f"The images of {origin} differ in size: {sorted(sizes)[:4]}. Give them one size.")
+    pixels = np.stack(images)
     return Pictures(pixels.transpose(0, 3, 1, 2), 255, _labels(spec, table["label"][:], origin))
 
 
@@ -139,8 +143,6 @@ def _require_columns(table: Table, wanted: tuple[str, ...], origin: str) -> None
             f"{origin} has no column {' nor '.join(missing)}; found {', '.join(table.column_names)}. "
             f"Needed are {', '.join(wanted)}."
         )
-    if not len(table):
-        raise OrreryError(f"{origin} has no rows. Give a file with at least one training sample.")
 
 
 def _labels(spec: DatasetSpec, found: list[Any], origin: str) -> NDArray[Any]:

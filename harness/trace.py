@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+
+from harness.plan.actions import Action, Combine, Compute, Load, Recv, Send, Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class Trace:
     mode: str
     devices: tuple[str, ...]
     total_s: float
-    events: tuple[Event, ...]
+    events: Sequence[Event]
     phases: tuple[PhaseTrace, ...]
     busy_s: Mapping[str, Mapping[str, float]]
     link_bytes: Mapping[tuple[str, str], int]
@@ -64,3 +66,33 @@ class Trace:
 
     def of(self, device: str) -> Iterator[Event]:
         return (event for event in self.events if event.device == device)
+
+
+def kind_of(action: Action) -> str:
+    """The event kind: forward, backward, or the action's name."""
+    return action.direction if isinstance(action, Compute) else type(action).__name__.lower()
+
+
+def label_of(action: Action) -> str:
+    """What a person reads in a timeline."""
+    match action:
+        case Compute():
+            return f"{action.direction[0].upper()}{action.micro_batch} {action.units[0]}:{action.units[1]}"
+        case Send() | Recv() | Load() | Store():
+            return str(action.value)
+        case Combine():
+            return f"{action.op} {action.write}"
+        case _:
+            return type(action).__name__.lower()
+
+
+def micro_batch_of(action: Action) -> int:
+    match action:
+        case Compute():
+            return action.micro_batch
+        case Send() | Recv() | Load() | Store():
+            return action.value.micro_batch
+        case Combine():
+            return action.write.micro_batch
+        case _:
+            return -1

@@ -6,6 +6,7 @@ The number of heads is read off the tensors: q is [rows, q_tokens, heads * head_
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -34,9 +35,9 @@ class Core(Protocol):
     ) -> Tensor: ...
 
 
-def core(implementation: str) -> Core:
-    """The core called "eager" or "sdpa"."""
-    return {"eager": eager, "sdpa": sdpa}[implementation]
+def core(implementation: str, softmax_dtype: torch.dtype | None = None) -> Core:
+    """The core called "eager" or "sdpa". The eager one takes its softmax in `softmax_dtype`, or in the scores' type."""
+    return sdpa if implementation == "sdpa" else partial(eager, softmax_dtype=softmax_dtype)
 
 
 def eager(
@@ -49,6 +50,7 @@ def eager(
     head_dim: int,
     scaling: float,
     dropout: float,
+    softmax_dtype: torch.dtype | None = None,
 ) -> Tensor:
     query, key, value = (_split_heads(x, head_dim) for x in (q, k, v))
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
@@ -56,7 +58,7 @@ def eager(
         scores = scores + bias
     if mask is not None:
         scores = scores + mask
-    probabilities = functional.softmax(scores, dim=-1)
+    probabilities = functional.softmax(scores, dim=-1, dtype=softmax_dtype).to(scores.dtype)
     probabilities = functional.dropout(probabilities, p=dropout)
     return _merge_heads(torch.matmul(probabilities, value))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TypeAlias
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -24,7 +25,7 @@ from harness.workload import Workload
 DROPOUTS = ("dropout", "attention_dropout", "activation_dropout")
 NEEDS = {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
 
-Layer = BartEncoderLayer | BartDecoderLayer
+Layer: TypeAlias = BartEncoderLayer | BartDecoderLayer
 
 
 def build(entry: ModelEntry, workload: Workload) -> Layered:

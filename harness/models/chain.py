@@ -18,10 +18,10 @@ Function = Callable[..., Tensor | tuple[Tensor, ...]]
 class Chain:
     """Collects units. Unit and tensor names get the current layer's name in front, so that they are unique."""
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: Workload, softmax_dtype: torch.dtype | None = None) -> None:
         self.workload = workload
         self.dtype: torch.dtype = getattr(torch, workload.dtype)
-        self.core = attention.core(workload.attn_implementation)
+        self.core = attention.core(workload.attn_implementation, softmax_dtype)
         self.units: list[Unit] = []
         self.local_units: list[Unit] = []
         self.number = -1
@@ -76,7 +76,9 @@ class Chain:
         (context,) = self.unit(f"{prefix}attention", "attention", reads, [f"{prefix}context"], function, [])
         return context
 
-    def local(self, name: str, kind: str, reads: Sequence[str], function: Function, modules: Sequence[nn.Module] = ()):
+    def local(
+        self, name: str, kind: str, reads: Sequence[str], function: Function, modules: Sequence[nn.Module] = ()
+    ) -> None:
         """Add a local unit that writes the tensor `name`."""
         self.local_units.append(Unit(name, self.number, kind, reads, [name], function, modules, local=True))
 

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor, nn
 
 
+#: What a whole run is for.
+RESULTS = ("logits", "loss")
+
+
 class Unit(nn.Module):
     """A piece of a layer. `function(*tensors of reads)` returns the tensors of `writes`, in order.
 
@@ -71,9 +75,19 @@ class Layered:
         return [unit for unit in self.local_units if unit.name in wanted]
 
     def run(self, first: int, last: int, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Run units [first, last) on `values` (inputs and what is carried in); returns all tensors by name."""
-        units = self.units[first:last]
+        """Run units [first, last) on `values` (the batch's inputs and what is carried in).
+
+        Returns the tensors that units after `last` read, and the model's RESULTS. Every other tensor is let go after
+        its last reader, so that only autograd decides what stays.
+        """
         alive = dict(values)
-        for unit in [*self.locals_of(units), *units]:
+        units = self.units[first:last]
+        order = [*self.locals_of(units), *units]
+        later = {name for unit in self.units[last:] for name in unit.reads}.union(RESULTS)
+        last_reader = {name: unit.name for unit in order for name in unit.reads if name not in later}
+        for unit in order:
             alive.update(zip(unit.writes, unit(*(alive[name] for name in unit.reads)), strict=True))
+            for name in unit.reads:
+                if last_reader.get(name) == unit.name:
+                    alive.pop(name, None)
         return alive

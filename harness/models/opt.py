@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import OPTForSequenceClassification
@@ -22,7 +23,7 @@ NEEDS = {"do_layer_norm_before": True, "_remove_final_layer_norm": False, "layer
 def build(entry: ModelEntry, workload: Workload) -> Layered:
     root = pretrained.load(OPTForSequenceClassification, entry, workload, DROPOUTS, NEEDS)
     model, pad_token_id = root.model.decoder, root.config.pad_token_id
-    chain = Chain(workload)
+    chain = Chain(workload, softmax_dtype=torch.float32)
     chain.layer("embedding")
     chain.local("mask", "mask", ["attention_mask"], partial(masks.padding_and_causal, dtype=chain.dtype))
 

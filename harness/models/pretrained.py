@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from harness.errors import OrreryError
@@ -37,19 +38,27 @@ def load(
                 f"The checkpoint {workload.checkpoint!r} has {key} = {getattr(config, key)!r}; models of the family "
                 f"{entry.family!r} are cut for {key} = {value!r}. Choose a checkpoint with that."
             )
-    limit = getattr(config, "max_position_embeddings", None)
-    longest = max(workload.seq_len or 0, workload.decoder_seq_len)
-    if limit is not None and longest > limit:
-        raise OrreryError(f"{longest} tokens are more than the {limit} positions of {entry.name}. Lower --seq-len.")
+    if hasattr(config, "vocab_size"):
+        _check_tokens(config, entry, workload)
     if workload.dropout is not None:
         for key in dropouts:
             setattr(config, key, workload.dropout)
     if workload.checkpoint is None or torch.get_default_device().type == "meta":
         return model_class(config)
     try:
-        return model_class.from_pretrained(workload.checkpoint, config=config)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise _unreadable(workload, error) from error
+        model, info = model_class.from_pretrained(workload.checkpoint, config=config, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _unreadable(workload, str(error)) from error
+    missing = sorted(key for key in info["missing_keys"] if _is_backbone(model, key))
+    if missing:
+        raise _unreadable(workload, f"{len(missing)} tensors of the backbone are missing, {missing[0]} among them.")
+    return model
+
+
+def _is_backbone(model: PreTrainedModel, key: str) -> bool:
+    """Whether a checkpoint must hold the tensor: a new classifier and BERT's pooler start from the seed."""
+    in_base = model.base_model is model or key.startswith(f"{model.base_model_prefix}.")
+    return in_base and ".pooler." not in key
 
 
 def _config(config_class: type[PreTrainedConfig], entry: ModelEntry, workload: Workload) -> PreTrainedConfig:
@@ -58,20 +67,32 @@ def _config(config_class: type[PreTrainedConfig], entry: ModelEntry, workload: W
         return config_class(**entry.config, **options)
     try:
         stored, _ = PreTrainedConfig.get_config_dict(workload.checkpoint)
-        config = config_class.from_pretrained(workload.checkpoint, **options)
     except (OSError, ValueError) as error:
-        raise _unreadable(workload, error) from error
-    if stored.get("model_type") != config_class.model_type:
+        raise _unreadable(workload, str(error)) from error
+    if "model_type" not in stored:
+        raise _unreadable(workload, "there is no config.json with a model_type.")
+    if stored["model_type"] != config_class.model_type:
         raise OrreryError(
-            f"The checkpoint {workload.checkpoint!r} is a {stored.get('model_type')!r} model; {entry.name} needs "
+            f"The checkpoint {workload.checkpoint!r} is a {stored['model_type']!r} model; {entry.name} needs "
             f"{config_class.model_type!r}. Name the model of the checkpoint, or a checkpoint of {entry.name}."
         )
-    return config
+    return config_class.from_dict(stored, **options)
 
 
-def _unreadable(workload: Workload, error: Exception) -> OrreryError:
-    first = str(error).strip().splitlines()[0]
+def _check_tokens(config: PreTrainedConfig, entry: ModelEntry, workload: Workload) -> None:
+    if workload.seq_len is None:
+        raise OrreryError(f"{entry.name} reads text, and the workload has no seq_len. Give --seq-len.")
+    limit = getattr(config, "max_position_embeddings", None)
+    longest = max(workload.seq_len, workload.decoder_seq_len if config.is_encoder_decoder else 1)
+    if limit is not None and longest > limit:
+        raise OrreryError(
+            f"{longest} tokens are more than the {limit} positions of {entry.name}. Lower --seq-len or "
+            "--decoder-seq-len."
+        )
+
+
+def _unreadable(workload: Workload, reason: str) -> OrreryError:
     return OrreryError(
-        f"The checkpoint {workload.checkpoint!r} can't be read: {first} Give a folder written by save_pretrained, or "
-        "a hub name that this machine can reach."
+        f"The checkpoint {workload.checkpoint!r} can't be read: {reason.strip().splitlines()[0]} Give a folder written "
+        "by save_pretrained, or a hub name that this machine can reach."
     )

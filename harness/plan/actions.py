@@ -1,8 +1,10 @@
 """The eight actions, the collective that abbreviates three of them, and the commit marker.
 
-Each action joins one queue of its device in list order (`QUEUE_OF`). It starts when its queue is free and what
-it reads exists; a transfer starts when both ends are at the head of their queues. `Free` and `Commit` join no
-queue: a value is freed as soon as every earlier action of the list that touches it has ended.
+Each action joins one queue of its device (`QUEUE_OF`) in list order and starts when its queue is free and what it
+reads exists. A device sends one value at a time, in list order, and receives one at a time, in the order in which
+the transfers become ready: an input that is there is never held up by one that is still on its way. A receive is
+listed before the first action that reads its value. `Free` and `Commit` join no queue: a value is freed as soon as
+every earlier action of the list that touches it has ended.
 """
 
 from __future__ import annotations

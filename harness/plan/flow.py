@@ -58,11 +58,11 @@ class Allocation:
 
 @dataclass
 class Graph:
-    """Nodes are actions; a transfer is one node of two queues. Queue number = 4 * device + queue.
+    """Nodes are actions; a transfer is one node of two devices. Queue number = 4 * device + queue.
 
     `then[n]`: nodes that wait for n's result (a transfer's data arrives a latency after its queue is free);
     `behind[n]`: nodes that follow n in a queue. `waits[n]`: how many nodes n waits for.
-    `begins[q]`: first node of queue q. `live_readers`: (node, device, value name) that wait for a value carried
+    `begins[q]`: first node of queue q, `ends[q]`: its last; `receiving`: queues that take what comes first. `live_readers`: (node, device, value name) that wait for a value carried
     into the iteration; `live_writers[device, name]`: the node that leaves it for the next one.
     `high_water[device]`: most bytes alive if the device took its actions one at a time, in list order.
     """
@@ -77,6 +77,7 @@ class Graph:
     waits: list[int] = field(default_factory=list)
     begins: dict[int, int] = field(default_factory=dict)
     ends: dict[int, int] = field(default_factory=dict)
+    receiving: set[int] = field(default_factory=set)
     live_readers: list[tuple[int, int, str]] = field(default_factory=list)
     live_writers: dict[tuple[int, str], int] = field(default_factory=dict)
     allocations: list[Allocation] = field(default_factory=list)
@@ -370,7 +371,10 @@ class _Builder:
             if seen_send == sending:
                 verb = "sent" if sending else "received"
                 raise side.fail(action, f"{action.value} is {verb} twice without its other end")
-        self.enqueue(node, 4 * ends[0] + _OUT if sending else 4 * ends[1] + _IN)
+        if sending:
+            self.enqueue(node, 4 * ends[0] + _OUT)
+        else:
+            self.graph.receiving.add(4 * ends[1] + _IN)
         return node
 
     def check_pairs(self) -> None:

@@ -47,7 +47,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
 from functools import cache
-from types import UnionType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from harness.costs import DIRECTIONS
@@ -261,8 +260,6 @@ class _Reader:
         if get_origin(hint) is tuple:
             inner = get_args(hint)[0]
             return tuple(self.read(inner, entry, f"{place}[{i}]") for i, entry in enumerate(self.array(data, place)))
-        if get_origin(hint) is UnionType:
-            return self.read(get_args(hint)[0], data, place)
         if get_origin(hint) is Mapping:
             inner = get_args(hint)[1]
             return {key: self.read(inner, entry, f"{place}.{key}") for key, entry in self.object(data, place).items()}

@@ -63,7 +63,7 @@ class Tracker(TorchDispatchMode):
         entry = self._entries.get(storage_id(tensor))
         return entry[0] if entry else None
 
-    def levels(self, without: Collection[int] = ()) -> Iterator[int]:
+    def levels(self, without: Collection[int | None] = ()) -> Iterator[int]:
         """Bytes alive after each change, `without` some storages; zero before the first."""
         level = 0
         yield level

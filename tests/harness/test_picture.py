@@ -44,7 +44,7 @@ def pipeline(num_devices: int = 2, num_micro_batches: int = 2, iterations: int =
         link_bytes={},
         peak_bytes=dict.fromkeys(names, 2**21),
         memory_bytes={},
-        memory_timeline=dict.fromkeys(names, ((0.0, 2 ** 20), (now / 2, 2 ** 21), (now, 2 ** 20))),
+        memory_timeline=dict.fromkeys(names, ((0.0, 2**20), (now / 2, 2**21), (now, 2**20))),
     )
 
 

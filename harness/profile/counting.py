@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -215,13 +215,13 @@ class _Seed(torch.autograd.Function):
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         seed = gradient.new_empty(gradient.shape)
         ctx.made()
         return seed, None
 
 
-def _backward(tracker: Tracker, weights: Sequence[Tensor], outputs: Sequence[Tensor]) -> Pass:
+def _backward(tracker: Tracker, weights: Collection[Tensor], outputs: Sequence[Tensor]) -> Pass:
     """Runs backward from all outputs. Gradients of the inputs count as workspace, those of the weights do not."""
     roots = [output for output in outputs if output.requires_grad]
     if not roots:

@@ -1,0 +1,139 @@
+"""What the units of a workload cost on this machine, in seconds.
+
+Units are not timed one by one: each would pay for starting autograd, and none would meet the caches as its neighbours
+leave them. Whole iterations run as training runs them, with a time stamp at every boundary between units, so that
+the times of the units add up to the iteration.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from harness.costs import BACKWARD, DIRECTIONS, FORWARD, Costs
+from harness.models import build
+from harness.models.layered import Layered, Unit
+from harness.profile import store
+from harness.workload import Workload
+
+#: The name of this machine's table in `Costs.measured`; a device with `measured = "local"` is timed by it.
+LOCAL = "local"
+WARM_UPS = 2
+
+Batches = Callable[[int], Mapping[str, Tensor]]
+
+
+def measured(workload: Workload, costs: Costs, batch_of: Batches, rows: Sequence[int], repeats: int = 7) -> Costs:
+    """`costs` with the seconds of every unit on this machine as `measured["local"]`.
+
+    `batch_of(rows)` gives the tensors of that many samples by name, labels included. Measured once per machine,
+    number of threads and content, then read from the cache beside the counted costs.
+    """
+    asked = {"host": fingerprint(), "rows": list(rows), "repeats": repeats}
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+    path = store.folder() / f"{costs.key}-{digest}.json"
+    seconds = store.read(path, store.seconds_from_dict)
+    if seconds is None:
+        seconds = measure_units(build(workload), batch_of, rows, repeats)
+        store.write(path, seconds)
+    return replace(costs, measured={**costs.measured, LOCAL: seconds})
+
+
+def measure_units(layered: Layered, batch_of: Batches, rows: Sequence[int], repeats: int) -> store.Seconds:
+    """Seconds of each unit (the chain, then the local units) per direction, as ((rows, seconds), ...).
+
+    Medians of `repeats` iterations of forward and backward, or of forward alone for a model in eval mode, scaled to
+    add up to the median iteration: an interruption hits now this unit, now that, and each unit's median forgets it.
+    Nothing is updated; gradients are dropped after every iteration, as training does.
+    """
+    names = [unit.name for unit in (*layered.units, *layered.local_units)]
+    points: dict[str, list[list[tuple[int, float]]]] = {direction: [[] for _ in names] for direction in DIRECTIONS}
+    for count in sorted(rows):
+        batch = batch_of(count)
+        timed = [_iteration(layered, batch, count) for _ in range(WARM_UPS + repeats)][WARM_UPS:]
+        for direction in DIRECTIONS:
+            medians = [statistics.median(one[direction].get(name, 0.0) for one in timed) for name in names]
+            whole = statistics.median(sum(one[direction].values()) for one in timed)
+            scale = whole / sum(medians) if whole else 1.0
+            for unit, seconds in zip(points[direction], medians, strict=True):
+                unit.append((count, seconds * scale))
+    return {direction: tuple(tuple(unit) for unit in points[direction]) for direction in DIRECTIONS}
+
+
+def _iteration(layered: Layered, batch: Mapping[str, Tensor], rows: int) -> dict[str, dict[str, float]]:
+    """Seconds by direction and unit name of one iteration."""
+    begun: dict[str, dict[str, float]] = {direction: {} for direction in DIRECTIONS}
+    hooks = [hook for unit in (*layered.local_units, *layered.units) for hook in _stamp(unit, begun)]
+    try:
+        training = layered.root.training
+        seconds: dict[str, dict[str, float]] = {direction: {} for direction in DIRECTIONS}
+        with torch.set_grad_enabled(training):
+            began = perf_counter()
+            values = layered.run(0, len(layered.units), dict(batch))
+            seconds[FORWARD] = _spans(began, begun[FORWARD], perf_counter())
+        if training:
+            loss = values["loss"] / rows
+            began = perf_counter()
+            loss.backward()
+            seconds[BACKWARD] = _spans(began, begun[BACKWARD], perf_counter())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    layered.root.zero_grad(set_to_none=True)
+    return seconds
+
+
+def _stamp(unit: Unit, begun: Mapping[str, dict[str, float]]) -> tuple[RemovableHandle, RemovableHandle]:
+    """Notes when the unit's forward pass begins, and when its backward pass does: with its first whole gradient."""
+
+    def forward_begins(*_: object) -> None:
+        begun[FORWARD][unit.name] = perf_counter()
+
+    def backward_begins(_: Tensor) -> None:
+        begun[BACKWARD].setdefault(unit.name, perf_counter())
+
+    def watch(module: nn.Module, tensors: object, outputs: tuple[Tensor, ...]) -> None:
+        for output in outputs:
+            if output.requires_grad:
+                output.register_hook(backward_begins)
+
+    return unit.register_forward_pre_hook(forward_begins), unit.register_forward_hook(watch)
+
+
+def _spans(began: float, begun: Mapping[str, float], ended: float) -> dict[str, float]:
+    """Units run one after the other, backward too (autograd takes what was made last): each ends where one begins."""
+    order = sorted(begun, key=begun.__getitem__)
+    stamps = [began, *(begun[name] for name in order[1:]), ended]
+    return {name: after - before for name, (before, after) in zip(order, pairwise(stamps), strict=True)}
+
+
+def fingerprint() -> dict[str, object]:
+    """What a measured time depends on besides the workload."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _cpu_model() -> str:
+    """The processor's name; Linux says it in /proc/cpuinfo, on Arm by board."""
+    for path, key in ((Path("/proc/cpuinfo"), "model name"), (Path("/proc/device-tree/model"), "")):
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                if line.startswith(key):
+                    return line.partition(":")[2].strip() or line.strip("\0 ")
+    return platform.processor() or platform.machine()

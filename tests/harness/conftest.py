@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from harness.records import Record
+
+#: The least a record needs: what was asked, how it ended, where it comes from.
+ASKED = {
+    "method": "eddl",
+    "method_options": {"shares": "equal", "micro_batch_size": None},
+    "technique": "full",
+    "model": "bert-tiny",
+    "dataset": "mrpc",
+    "num_samples": 3668,
+    "seq_len": 128,
+    "decoder_seq_len": 1,
+    "image_size": None,
+    "batch_size": 16,
+    "epochs": 3,
+    "steps": None,
+    "optimizer": "sgd",
+    "learning_rate": 0.01,
+    "dropout": None,
+    "dtype": "float32",
+    "attn_implementation": "eager",
+    "checkpoint": None,
+    "testbed": "pac-nano-4",
+    "mode": "simulated",
+    "num_devices": 4,
+    "status": "ok",
+    "provenance": {
+        "schema_version": 1,
+        "package_version": None,
+        "git_commit": None,
+        "git_dirty": None,
+        "config_hash": "0123456789abcdef",
+        "seed": 0,
+        "libraries": {},
+        "host": {},
+        "devices": {"device0": "jetson-nano-10w"},
+        "assumptions": [],
+    },
+}
+
+
+@pytest.fixture
+def record() -> Callable[..., Record]:
+    """Makes a record of what is asked by default, with the fields given instead."""
+
+    def make(**changed: object) -> Record:
+        provenance = {**ASKED["provenance"], **changed.pop("provenance", {})}
+        return Record.model_validate({**ASKED, **changed, "provenance": provenance})
+
+    return make

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from harness import models
+from harness.errors import OrreryError
+from harness.models.layered import Layered
+from harness.workload import Workload
+
+TINY = ("resnet-tiny", "mobilenet-v2-tiny", "efficientnet-tiny")
+ROWS = 4
+
+
+def workload(model: str, **changes: object) -> Workload:
+    fields = {"num_samples": 50_000, "batch_size": ROWS, "seq_len": None, "image_size": 32, "num_labels": 10}
+    return Workload(model=model, dataset="cifar10", **{**fields, **changes})  # type: ignore[arg-type]
+
+
+def batch(size: int = 32, channels: int = 3) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    pixels = torch.rand(ROWS, channels, size, size, generator=generator)
+    return {"pixel_values": pixels, "labels": torch.tensor([3, 0, 9, 3])}
+
+
+def gradients(root: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in root.named_parameters() if p.grad is not None}
+
+
+def steps(layered: Layered, values: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """What is alive after each unit, run one by one."""
+    alive = [values]
+    for index in range(len(layered.units)):
+        alive.append(layered.run(index, index + 1, alive[-1]))
+    return alive
+
+
+def by_hugging_face(layered: Layered, seed: int) -> tuple[Tensor, Tensor, torch.nn.Module]:
+    """Logits, mean loss and the copied model after its own forward and backward."""
+    root = copy.deepcopy(layered.root)
+    torch.manual_seed(seed)
+    out = root(**batch())
+    out.loss.backward()
+    return out.logits, out.loss, root
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_equals_the_hugging_face_model(model: str) -> None:
+    """Dropout included: the units draw random numbers in the same order. Four rows: the mean is the sum, exactly."""
+    layered = models.build(workload(model))
+    logits, loss, root = by_hugging_face(layered, seed=1)
+    torch.manual_seed(1)
+    *_, head, last = steps(layered, batch())
+    (last["loss"] / ROWS).backward()
+    assert torch.equal(head["logits"], logits)
+    assert torch.equal(last["loss"] / ROWS, loss)
+    expected, found = gradients(root), gradients(layered.root)
+    assert found.keys() == expected.keys() == dict(root.named_parameters()).keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    buffers = dict(layered.root.named_buffers())
+    assert all(torch.equal(buffers[name], buffer) for name, buffer in root.named_buffers())
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_cut_in_front_of_every_unit(model: str) -> None:
+    """Two devices: the second starts from the one carried tensor and sends back its gradient."""
+    whole = models.build(workload(model, dropout=0.0))
+    expected = gradients(by_hugging_face(whole, seed=0)[2])
+    for cut in range(1, len(whole.units) - 1):
+        layered = models.build(workload(model, dropout=0.0))
+        inputs = batch()
+        first = layered.run(0, cut, {"pixel_values": inputs["pixel_values"]})
+        (name,) = layered.units[cut].reads
+        carried = first[name].detach().requires_grad_()
+        second = layered.run(cut, len(layered.units), {name: carried, "labels": inputs["labels"]})
+        (second["loss"] / ROWS).backward()
+        first[name].backward(carried.grad)
+        found = gradients(layered.root)
+        assert all(torch.equal(found[name], expected[name]) for name in expected), f"cut at {cut}"
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_units_cover_the_model_once(model: str) -> None:
+    layered = models.build(workload(model), device="meta")
+    held = [id(tensor) for unit in layered.units for tensor in (*unit.parameters(), *unit.buffers())]
+    assert len(held) == len(set(held))
+    assert set(held) == {id(tensor) for tensor in (*layered.root.parameters(), *layered.root.buffers())}
+    *convolutions, head, loss = layered.units
+    assert {unit.kind for unit in convolutions} == {"conv"}
+    assert (head.kind, loss.kind) == ("head", "loss")
+    assert [unit.layer for unit in layered.units] == [*range(len(layered.units) - 1), head.layer]
+    assert layered.inputs == ("pixel_values",)
+
+
+def test_inference_has_no_loss_and_no_batch_dependence() -> None:
+    """In eval mode batch norm takes its buffers: a row's logits do not depend on the other rows."""
+    layered = models.build(workload("resnet-tiny", technique="inference"))
+    assert layered.units[-1].name.endswith("head")
+    pixels = batch()["pixel_values"]
+    together = layered.run(0, len(layered.units), {"pixel_values": pixels})["logits"]
+    alone = layered.run(0, len(layered.units), {"pixel_values": pixels[:1]})["logits"]
+    torch.testing.assert_close(alone, together[:1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_fake_tensors_have_the_real_shapes(model: str) -> None:
+    real = models.build(workload(model))
+    expected = steps(real, batch())
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        found = steps(real, {name: mode.from_tensor(tensor) for name, tensor in batch().items()})
+    for fake_values, real_values in zip(found, expected, strict=True):
+        assert fake_values.keys() == real_values.keys()
+        assert all(fake_values[name].shape == tensor.shape for name, tensor in real_values.items())
+
+
+# Parameters in millions and, in brackets, with another number of labels: counted from the public definitions. Forward
+# GMAC per image: torchvision's model cards (the same networks; two printed digits).
+@pytest.mark.parametrize(
+    ("model", "size", "millions", "labels", "millions_with_labels", "gmac"),
+    [
+        ("resnet-50", 224, 25.6, 100, 23.7, 4.09),
+        ("mobilenet-v2", 224, 3.50, 10, 2.24, 0.30),
+        ("efficientnet-b1", 240, 7.79, 10, 6.53, 0.69),
+    ],
+)
+def test_paper_size(
+    model: str, size: int, millions: float, labels: int, millions_with_labels: float, gmac: float
+) -> None:
+    layered = models.build(workload(model, num_labels=1000, technique="inference"), device="meta")
+    assert sum(p.numel() for p in layered.root.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+    with FlopCounterMode(display=False) as counter:
+        layered.run(0, len(layered.units), {"pixel_values": torch.empty(1, 3, size, size, device="meta")})
+    assert counter.get_total_flops() / 2e9 == pytest.approx(gmac, rel=0.02)
+    smaller = models.build(workload(model, num_labels=labels), device="meta")
+    assert sum(p.numel() for p in smaller.root.parameters()) / 1e6 == pytest.approx(millions_with_labels, rel=0.01)
+
+
+def test_dropout_and_channels_of_the_workload() -> None:
+    layered = models.build(workload("efficientnet-tiny", dropout=0.0, num_channels=1))
+    assert all(m.p == 0.0 for m in layered.root.modules() if isinstance(m, torch.nn.Dropout))
+    values = layered.run(0, len(layered.units) - 1, batch(channels=1))
+    assert values["logits"].shape == (ROWS, 10)
+
+
+def test_checkpoint_gives_its_weights(tmp_path) -> None:
+    saved = models.build(workload("mobilenet-v2-tiny", seed=5, technique="inference"))
+    saved.root.save_pretrained(tmp_path)
+    loaded = models.build(workload("mobilenet-v2-tiny", checkpoint=str(tmp_path), technique="inference"))
+    state = loaded.root.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in saved.root.state_dict().items())
+    with pytest.raises(OrreryError, match="num_channels = 3"):
+        models.build(workload("mobilenet-v2-tiny", checkpoint=str(tmp_path), num_channels=1))
