@@ -12,6 +12,7 @@ from pathlib import Path
 
 from harness import provenance, registry
 from harness.errors import OrreryError
+from harness.profile.store import folder
 
 PACKAGES = ("harness", "baselines", "systems", "testbeds", "results")
 REQUIRED = ("torch", "transformers", "datasets", "numpy", "pandas", "pydantic")
@@ -32,17 +33,13 @@ class Check:
 
 def examine(out: Path, testbed: str | None = None) -> list[Check]:
     """All checks, in the order in which they are worth mending."""
-    checks = [_python(), *map(_library, REQUIRED), *map(_package, PACKAGES), _writable("cache", cache_folder())]
+    checks = [_python(), *map(_library, REQUIRED), *map(_package, PACKAGES), _writable("cache", folder())]
     checks += [_writable("results", out), _disk(out)]
     for kind in registry.METHOD_PACKAGES:
         checks += [_method(name, why) for name, why in registry.check_methods(kind).items()]
     if testbed is not None:
         checks.append(_testbed(testbed))
     return checks
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orrery"
 
 
 def _python() -> Check:

@@ -76,7 +76,7 @@ class Images:
         pixels = self.pixels[rows].to(self.dtype) / self.white
         if pixels.shape[2:] != (self.image_size, self.image_size):
             pixels = interpolate(pixels, (self.image_size, self.image_size), mode="bilinear", antialias=True)
-        return {"pixel_values": pixels.expand(-1, self.num_channels, -1, -1), "labels": self.labels[rows]}
+        return {"pixel_values": pixels.expand(-1, self.num_channels, -1, -1).contiguous(), "labels": self.labels[rows]}
 
 
 def texts(spec: DatasetSpec, workload: Workload, data_dir: Path | None) -> Texts:

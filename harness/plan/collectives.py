@@ -33,13 +33,22 @@ def expand(collective: Collective, member: str, width: int) -> Iterator[Action]:
     def own(chunk: int) -> Value:
         return Value(value.name, value.micro_batch, value.rows, value.tokens, ranges[chunk], value.version)
 
-    yield Combine("slice", (own(rank),), partial(rank, 1), in_place=True)
+    filled = [low < high for low, high in ranges]  # a tensor may have fewer elements than the ring members
+    if filled[rank]:
+        yield Combine("slice", (own(rank),), partial(rank, 1), in_place=True)
     for step in range(n - 1):
         sent, received = (rank - step) % n, (rank - step - 1) % n
-        yield Send(partial(sent, step + 1), right)
-        yield Recv(partial(received, step + 1), left)
-        yield Combine("sum", (partial(received, step + 1), own(received)), partial(received, step + 2), in_place=True)
+        if filled[sent]:
+            yield Send(partial(sent, step + 1), right)
+        if filled[received]:
+            arrived = partial(received, step + 1)
+            yield Recv(arrived, left)
+            yield Combine("sum", (arrived, own(received)), partial(received, step + 2), in_place=True)
     for step in range(n - 1):
-        yield Send(partial((rank + 1 - step) % n, n), right)
-        yield Recv(partial((rank - step) % n, n), left)
-    yield Combine("concat", tuple(partial(chunk, n) for chunk in range(n)), collective.result, in_place=True)
+        sent, received = (rank + 1 - step) % n, (rank - step) % n
+        if filled[sent]:
+            yield Send(partial(sent, n), right)
+        if filled[received]:
+            yield Recv(partial(received, n), left)
+    complete = tuple(partial(chunk, n) for chunk in range(n) if filled[chunk])
+    yield Combine("concat", complete, collective.result, in_place=True)

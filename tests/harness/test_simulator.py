@@ -1,0 +1,200 @@
+"""Virtual time against closed forms, bounds and an unrolled run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import networkx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.plan import Load, Phase, Plan, Send, Store, Tensor, Value
+from harness.plan.flow import link
+from harness.schedules import Pipeline, Stage, micro_batches
+from harness.simulator import simulate
+from tests.harness.plan.test_validate import pipelines
+from tests.harness.toys import SAVED, WIDTH, chain, cluster
+
+
+def straight(num_stages: int, count: int, warmup: list[int], layers: int = 0, **costs) -> tuple[Plan, object]:
+    """One stage per device, `count` micro-batches of one row."""
+    model = chain(layers or num_stages, **costs)
+    per_stage = len(model.units) // num_stages
+    stages = tuple(Stage((p * per_stage, (p + 1) * per_stage), (f"device{p}",), (1,)) for p in range(num_stages))
+    pipeline = Pipeline(model, stages)
+    return Plan("test", len(model.units), pipeline.tensors, (pipeline.phase((1,) * count, warmup),)), model
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize(("p", "m"), [(1, 3), (2, 2), (3, 5), (4, 4), (4, 16), (5, 7)])
+def test_bubble_is_that_of_the_closed_form(schedule, p, m):
+    """(p-1)/(m+p-1) where nothing else interferes: Huang et al., GPipe; the same for 1F1B."""
+    warmup = [m] * p if schedule == "gpipe" else [p - i for i in range(p)]
+    plan, costs = straight(p, m, warmup)
+    trace = simulate(plan, costs, cluster(p, bandwidth=math.inf))
+    busy = sum(trace.busy_s[d]["compute"] for d in trace.devices)
+    assert 1 - busy / (p * trace.total_s) == pytest.approx((p - 1) / (m + p - 1), abs=1e-12)
+
+
+@pytest.mark.parametrize("warmup", [[1, 1, 1], [3, 2, 1], [5, 3, 1], [8, 8, 8]])
+def test_activations_in_flight_follow_the_warm_up_counts(warmup):
+    plan, costs = straight(3, 8, warmup)
+    trace = simulate(plan, costs, cluster(3, bandwidth=math.inf))
+    handed = 4 * WIDTH  # what a stage receives it keeps with what it saves
+    for p, device in enumerate(trace.devices):
+        held = warmup[p] * (SAVED + (handed if p else 0))
+        peak = trace.memory_bytes[device]["activations"]
+        # Beside those: an output on its way out, an input ahead of its turn, the gradients of one micro-batch.
+        assert held <= peak <= held + 5 * handed
+
+
+@given(st.integers(2, 6), st.integers(1, 5))
+def test_all_reduce_bytes_and_time_are_the_ring_s(n, chunk):
+    """2 (n-1)/n of the gradient per device; 2 (n-1) steps of chunk/bandwidth + latency."""
+    numel = n * chunk
+    pipeline = Pipeline(chain(1, parameters=numel), (Stage((0, 1), tuple(f"device{i}" for i in range(n)), (1,) * n),))
+    plan = Plan("test", 1, pipeline.tensors, (pipeline.phase((n,), [1]),))
+    trace = simulate(plan, pipeline.costs, cluster(n, bandwidth=1e6, latency_s=1e-3))
+    for i in range(n):
+        assert trace.link_bytes[f"device{i}", f"device{(i + 1) % n}"] == 2 * (n - 1) * 4 * numel // n
+    compute = 3.0  # one row forward and backward at 1 GFLOP/s
+    assert trace.total_s == pytest.approx(compute + 2 * (n - 1) * (4 * chunk / 1e6 + 1e-3), abs=1e-11)
+
+
+def test_uneven_all_reduce_moves_no_byte_too_many():
+    n, numel = 4, 10
+    pipeline = Pipeline(chain(1, parameters=numel), (Stage((0, 1), tuple(f"device{i}" for i in range(n)), (1,) * n),))
+    plan = Plan("test", 1, pipeline.tensors, (pipeline.phase((n,), [1]),))
+    assert simulate(plan, pipeline.costs, cluster(n)).comm_bytes == 2 * (n - 1) * 4 * numel
+
+
+@given(st.integers(1, 6), st.integers(1, 9))
+def test_stage_boundary_bytes(rows, count):
+    """Each micro-batch crosses once forward and its gradient once backward."""
+    pipeline = Pipeline(chain(2), (Stage((0, 1), ("device0",), (1,)), Stage((1, 2), ("device1",), (1,))))
+    plan = Plan("test", 2, pipeline.tensors, (pipeline.phase((rows,) * count, [2, 1]),))
+    trace = simulate(plan, pipeline.costs, cluster(2))
+    assert trace.link_bytes == {
+        ("device0", "device1"): count * rows * WIDTH * 4,
+        ("device1", "device0"): count * rows * WIDTH * 4,
+    }
+
+
+@given(pipelines())
+def test_never_faster_than_the_busiest_queue_or_the_critical_path(plan):
+    costs = chain(plan.num_units, tied=bool(plan.phases[0].tied))
+    count = len(plan.devices)
+    trace = simulate(plan, costs, cluster(count, latency_s=1e-4, memory_bandwidth=1e8))
+    assert trace.total_s >= max(t for queues in trace.busy_s.values() for t in queues.values()) - 1e-9
+    # The longest chain of actions that need each other, by an independent library, for one iteration.
+    once = dataclasses.replace(plan, phases=(dataclasses.replace(plan.phases[0], repeat=1),))
+    single = simulate(once, costs, cluster(count, latency_s=1e-4, memory_bandwidth=1e8))
+    graph = link(plan.phases[0], plan.tensors)
+    ends = {
+        (e.device, e.kind, e.label): e.end_s - e.start_s for e in single.events if e.kind in ("forward", "backward")
+    }
+    needs = networkx.DiGraph()
+    needs.add_nodes_from(range(len(graph)))
+    for node, followers in enumerate(graph.then):
+        action = graph.actions[node]
+        weight = 0.0
+        if hasattr(action, "direction"):
+            label = f"{action.direction[0].upper()}{action.micro_batch} {action.units[0]}:{action.units[1]}"
+            weight = ends[graph.devices[graph.device[node]], action.direction, label]
+        elif isinstance(action, Send):
+            weight = graph.nbytes[node] / 1e6 + 1e-4
+        needs.add_edges_from((node, follower, {"weight": weight}) for follower in followers)
+    assert single.total_s >= networkx.dag_longest_path_length(needs) - 1e-9
+
+
+@given(pipelines())
+def test_the_ledger_ends_where_it_began(plan):
+    costs = chain(plan.num_units, tied=bool(plan.phases[0].tied))
+    trace = simulate(plan, costs, cluster(len(plan.devices), latency_s=1e-4))
+    for device in trace.devices:
+        live = sum(plan.bytes(v) for v in plan.phases[0].live[device])
+        timeline = trace.memory_timeline[device]
+        assert timeline[-1][1] == live == timeline[0][1] - _first_taken(plan, device, timeline[0][1], live)
+        assert trace.peak_bytes[device] == max(nbytes for _, nbytes in timeline)
+
+
+def _first_taken(plan: Plan, device: str, first: int, live: int) -> int:
+    """At time 0 the first action may already hold what it writes."""
+    return max(0, first - live)
+
+
+@given(pipelines(), st.integers(3, 9), st.sampled_from(["full", "half", "shared"]))
+def test_multiplied_iterations_equal_the_unrolled_run(plan, repeat, duplex):
+    costs = chain(plan.num_units, tied=bool(plan.phases[0].tied))
+    testbed = cluster(len(plan.devices), bandwidth=3e5, latency_s=1e-4, duplex=duplex)
+    phase = plan.phases[0]
+    multiplied = dataclasses.replace(plan, phases=(dataclasses.replace(phase, repeat=repeat),))
+    unrolled = dataclasses.replace(plan, phases=tuple(dataclasses.replace(phase, repeat=1) for _ in range(repeat)))
+    one, many = simulate(multiplied, costs, testbed), simulate(unrolled, costs, testbed)
+    assert one.total_s == many.total_s
+    assert one.link_bytes == many.link_bytes
+    assert one.peak_bytes == many.peak_bytes
+    assert one.busy_s == {d: pytest.approx(q) for d, q in many.busy_s.items()}
+
+
+def test_a_run_repeats_to_the_bit():
+    plan, costs = straight(4, 8, [4, 3, 2, 1])
+    first, second = (simulate(plan, costs, cluster(4, latency_s=1e-4)) for _ in range(2))
+    assert dataclasses.replace(first, events=tuple(first.events)) == dataclasses.replace(
+        second, events=tuple(second.events)
+    )
+
+
+@pytest.mark.parametrize(("duplex", "expected"), [("full", 1.0), ("half", 2.0), ("shared", 4.0)])
+def test_transfers_take_turns_on_what_they_share(duplex, expected):
+    """Two pairs exchange one second of data in both directions."""
+    names = [f"device{i}" for i in range(4)]
+    tensors = {"x": Tensor("activations", 1, 10**6)}
+    peers = {"device0": "device1", "device1": "device0", "device2": "device3", "device3": "device2"}
+    from harness.plan import Free, Recv
+
+    actions = {
+        name: (
+            Load(Value("x", width=(0, 0), version=i)),
+            Send(Value("y", version=i), peers[name]),
+            Recv(Value("y", version=names.index(peers[name])), peers[name]),
+            Free((Value("x", width=(0, 0), version=i), Value("y", version=names.index(peers[name])))),
+        )
+        for i, name in enumerate(names)
+    }
+    tensors["y"] = Tensor("weights", 1, 10**6)
+    live = {name: (Value("z"),) for name in names}
+    tensors["z"] = Tensor("weights", 1, 0)
+    actions = {
+        name: (Load(Value("y", version=names.index(name))), *acts[1:3], Free((acts[1].value, acts[2].value)))
+        for name, acts in actions.items()
+    }
+    phase = Phase("exchange", (), {}, actions, live, training=False)
+    plan = Plan("test", 0, tensors, (phase,))
+    fast_storage = cluster(4, duplex=duplex)
+    fast_storage = dataclasses.replace(
+        fast_storage, devices=tuple(dataclasses.replace(d, storage_read=math.inf) for d in fast_storage.devices)
+    )
+    assert simulate(plan, chain(1), fast_storage).total_s == pytest.approx(expected)
+
+
+def test_storage_is_a_queue_of_its_own():
+    """A load of 1 MB at 1 MB/s, then a store of it at 0.5 MB/s."""
+    value = Value("cache")
+    from harness.plan import Free
+
+    phase = Phase("cached", (), {}, {"device0": (Load(value), Store(value), Free((value,)))}, {}, training=False)
+    plan = Plan("test", 0, {"cache": Tensor("cache", 1, 10**6)}, (phase,))
+    trace = simulate(plan, chain(1), cluster(1))
+    assert trace.total_s == pytest.approx(3.0)
+    assert trace.busy_s["device0"]["storage"] == pytest.approx(3.0)
+    assert trace.memory_bytes["device0"]["cache"] == 10**6
+
+
+def test_a_smaller_last_batch_is_a_phase_of_its_own():
+    pipeline = Pipeline(chain(1), (Stage((0, 1), ("device0",), (1,)),))
+    full, rest = (pipeline.phase(micro_batches(rows, 4), [1]) for rows in (4, 3))
+    plan = Plan("test", 1, pipeline.tensors, (dataclasses.replace(full, repeat=5), rest))
+    assert simulate(plan, pipeline.costs, cluster(1)).total_s == pytest.approx(3.0 * (5 * 4 + 3))
