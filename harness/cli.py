@@ -22,10 +22,7 @@ FAILED = 1
 
 
 class Commands(typer.core.TyperGroup):
-    """The commands in the order of this file; an `OrreryError` is one paragraph and exit code 2."""
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        return list(self.commands)
+    """An `OrreryError` is one paragraph on standard error and exit code 2."""
 
     def invoke(self, ctx: Any) -> Any:
         try:

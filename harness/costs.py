@@ -5,6 +5,7 @@ Every quantity is affine in the number of rows (samples): `fixed + per_row * row
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -213,7 +214,7 @@ class Costs:
         A forward pass leaves what autograd saves and the tensors that cross the end of the range; other tensors
         between its units live until their last reader. A backward pass leaves the gradients of the tensors that
         cross the start; on its way it frees what each unit saved. With `new_gradients` its weight gradients come
-        to life in it and count too, else they exist, and one at a time is added to them.
+        to life in it and count too, else they exist, and those of one weight at a time are added to them.
         """
         cache: dict[tuple[object, ...], int] = self.__dict__.setdefault("_workspace_cache", {})
         key = (first, last, direction, rows, new_gradients)
@@ -247,17 +248,20 @@ class Costs:
         for index, unit in enumerate(units):
             for name in written.intersection(unit.saves):
                 first_saver.setdefault(name, index)
+        uses = Counter(name for unit in units for name in unit.parameters)
+        used: Counter[str] = Counter()
         alive, worst = 0.0, 0.0
-        weights: set[str] = set()
         gradients: set[str] = set()
         for index, unit in reversed(list(enumerate(units))):
-            own = {p: self.parameters[p].bytes for p in unit.parameters if self.parameters[p].trainable}
-            if new_gradients:
-                alive += sum(nbytes for p, nbytes in own.items() if p not in weights)
-                weights.update(own)
-                worst = max(worst, alive + unit.backward_workspace.at(rows))
-            else:
-                worst = max(worst, alive + unit.backward_workspace.at(rows) + max(own.values(), default=0))
+            own = {name: self.parameters[name].bytes for name in unit.parameters if self.parameters[name].trainable}
+            # A gradient that is new, or that autograd still gathers from several uses of a weight, stays alive.
+            stays = {name for name in own if new_gradients or uses[name] > 1}
+            alive += sum(own[name] for name in stays if not used[name])
+            passing = max((own[name] for name in own if name not in stays or used[name]), default=0)
+            worst = max(worst, alive + unit.backward_workspace.at(rows) + passing)
+            used.update(own)
+            if not new_gradients:
+                alive -= sum(own[name] for name in stays if used[name] == uses[name])
             made = {name for name in unit.reads if self.tensors[name].needs_grad} - gradients
             alive += self._bytes(made, rows) - self._bytes(gradients.intersection(unit.writes), rows)
             gradients |= made

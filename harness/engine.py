@@ -153,7 +153,15 @@ class _Worker:
 
     def _event(self, action: Action, start: float, end: float, phase: int, iteration: int) -> Event:
         return Event(
-            self.device, "compute", kind_of(action), label_of(action), start, end, phase, iteration, micro_batch_of(action)
+            self.device,
+            "compute",
+            kind_of(action),
+            label_of(action),
+            start,
+            end,
+            phase,
+            iteration,
+            micro_batch_of(action),
         )
 
     def _sample_ids(self) -> Iterator[list[int]]:

@@ -34,13 +34,16 @@ class Ledger:
         self._columns: list[np.ndarray] = []
         self._live: list[np.ndarray] = [np.zeros(len(KINDS), dtype=np.int64) for _ in devices]
 
-    def add(self, graph: Graph, start: Sequence[int], end: Sequence[int], workspace: Mapping[int, int]) -> None:
-        """One iteration, whose node n ran from start[n] to end[n] with `workspace[n]` bytes for its own use."""
+    def add(
+        self, graph: Graph, start: Sequence[int], end: Sequence[int], workspace: Mapping[int, tuple[int, int]]
+    ) -> None:
+        """One iteration, whose node n ran from start[n] to end[n].
+
+        `workspace[n]`: bytes of activations and of gradients at its worst moment beyond those before and after it.
+        """
         rows: list[tuple[int, int, int, int]] = []
         live = [np.zeros(len(KINDS), dtype=np.int64) for _ in self._devices]
-        began = [
-            min((start[graph.begins[q]] for q in graph.begins if q // 4 == d), default=0) for d in range(len(live))
-        ]
+        began = self._began(graph, start)
         for entry in graph.allocations:
             kind = _KIND_INDEX[entry.kind]
             if entry.taken < 0:
@@ -50,17 +53,26 @@ class Ledger:
             rows.append((taken, entry.device, kind, entry.nbytes))
             if entry.released is not None:
                 rows.append((max(end[n] for n in entry.released), entry.device, kind, -entry.nbytes))
-        activations = _KIND_INDEX["activations"]
-        for node, nbytes in workspace.items():
-            if nbytes:
-                rows.append((start[node], graph.device[node], activations, nbytes))
-                rows.append((end[node], graph.device[node], activations, -nbytes))
+        for node, parts in workspace.items():
+            for kind, nbytes in zip((_KIND_INDEX["activations"], _KIND_INDEX["gradients"]), parts, strict=True):
+                if nbytes:
+                    rows.append((start[node], graph.device[node], kind, nbytes))
+                    rows.append((end[node], graph.device[node], kind, -nbytes))
         for device, (before, after) in enumerate(zip(self._live, live, strict=True)):
             for kind in np.flatnonzero(before != after):
                 rows.append((began[device], device, int(kind), int(after[kind] - before[kind])))
         self._live = live
         if rows:
             self._columns.append(np.array(rows, dtype=np.int64))
+
+    def _began(self, graph: Graph, start: Sequence[int]) -> list[int]:
+        """When each device takes what it holds: in the first phase at once, later with its first action."""
+        began: dict[int, int] = {}
+        if self._columns:
+            for queue, node in graph.begins.items():
+                device = queue // len(QUEUES)
+                began[device] = min(start[node], began.get(device, start[node]))
+        return [began.get(device, 0) for device in range(len(self._devices))]
 
     def settle(self) -> Peaks:
         rows = np.concatenate(self._columns) if self._columns else np.zeros((0, 4), dtype=np.int64)

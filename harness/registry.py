@@ -9,6 +9,7 @@ import ast
 import hashlib
 import importlib
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -161,7 +162,9 @@ def check_methods(kind: str) -> dict[str, str | None]:
 
 def _check(name: str) -> str | None:
     program = "import sys; from harness.registry import load_method; load_method(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", program, name], capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    command = [sys.executable, "-c", program, name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode == 0:
         return None
     lines = done.stderr.strip().splitlines()

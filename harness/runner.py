@@ -154,12 +154,13 @@ def _must_fit_the_question(plan: Plan, costs: Costs, request: Request) -> None:
 
 def _shapes_match(workload: Workload) -> None:
     """A model that reads images has no use for text, nor the other way round."""
+    nouns = {"image": "images", "text": "text"}
     wanted, other = ("image", "text") if reads_images(workload.model) else ("text", "image")
     if datasets.spec(workload.dataset).kind == other:
-        raise Unsupported(f"{workload.model} reads {wanted}s and {workload.dataset} holds {other}s")
+        raise Unsupported(f"{workload.model} reads {nouns[wanted]} and {workload.dataset} holds {nouns[other]}")
     superfluous = "seq_len" if wanted == "image" else "image_size"
     if getattr(workload, superfluous) is not None:
-        raise Unsupported(f"{workload.model} reads {wanted}s, so {superfluous} has no meaning for it")
+        raise Unsupported(f"{workload.model} reads {nouns[wanted]}, so {superfluous} has no meaning for it")
 
 
 def _must_fit(trace: Trace, request: Request) -> None:

@@ -64,7 +64,7 @@ class _Timed:
     duration: list[int]
     latency: list[int]
     medium: dict[int, str]
-    workspace: dict[int, int]
+    workspace: dict[int, tuple[int, int]]
     busy: list[int]
     link_bytes: dict[tuple[str, str], int]
 
@@ -165,8 +165,10 @@ def _time(phase: Phase, plan: Plan, costs: Costs, cluster: Cluster) -> _Timed:
             first, last = action.units
             rows = action.rows[1] - action.rows[0]
             seconds = costs.seconds(device, first, last, action.direction, rows)
-            fresh = action.direction != FORWARD and node in graph.makes_gradients
-            timed.workspace[node] = costs.workspace(first, last, action.direction, rows, fresh)
+            workspace = costs.workspace(first, last, action.direction, rows)
+            # Weight gradients made on the way belong to the worst moment of the pass as far as they exist by then.
+            fresh = costs.workspace(first, last, action.direction, rows, True) if node in graph.makes_gradients else 0
+            timed.workspace[node] = (workspace, max(0, fresh - workspace))
         elif isinstance(action, Combine):
             # A sum reads two operands and writes one, a concatenation reads and writes.
             seconds = nbytes * (3 if action.op == "sum" else 2) / device.memory_bandwidth

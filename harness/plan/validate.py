@@ -112,7 +112,7 @@ def _check_gradients(phase: Phase) -> None:
                     for value in action.accumulates:
                         content = held[device].setdefault(value, Counter())
                         content[action.units, action.micro_batch, action.rows] += 1
-                elif isinstance(action, Combine) and action.write.name in wanted:
+                elif isinstance(action, Combine):
                     _combine(action, held[device])
                 elif isinstance(action, Step):
                     _check_step(action, device, held[device], wanted, phase)
@@ -153,18 +153,14 @@ def _combine(action: Combine, mine: dict[Value, Content]) -> None:
 
 
 def _wanted(phase: Phase) -> dict[str, Content]:
-    """Per gradient name: each (units, micro-batch, rows) pass of each device that has a copy, once."""
+    """Per gradient: the rows that each device which steps with it has of every micro-batch, once."""
     wanted: dict[str, Content] = defaultdict(Counter)
-    for actions in phase.actions.values():
-        for action in actions:
-            if isinstance(action, Compute) and action.direction == "backward":
-                for value in action.accumulates:
-                    wanted[value.name][action.units, action.micro_batch, action.rows] = 1
-    for device, shard in phase.shards.items():
-        for name in (name for name, devices in phase.tied.items() if device in devices):
+    for device, actions in phase.actions.items():
+        shard = phase.shards[device]
+        for value in (value for action in actions if isinstance(action, Step) for value in action.gradients):
             for m, rows in enumerate(shard.micro_batch_rows):
-                if rows[0] < rows[1] and name in wanted:
-                    wanted[name][shard.units, m, rows] = 1
+                if rows[0] < rows[1]:
+                    wanted[value.name][shard.units, m, rows] = 1
     return wanted
 
 

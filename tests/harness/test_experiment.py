@@ -19,14 +19,11 @@ def tables(**sections: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_lists_are_a_cartesian_product_with_methods_changing_fastest() -> None:
-    requests = expand(tables(workload={"batch_size": [4, 8]}, run={"method": ["eddl", "gpipe"]}), "x")
-    assert [(r.workload.batch_size, r.method.name) for r in requests] == [
-        (4, "eddl"),
-        (4, "gpipe"),
-        (8, "eddl"),
-        (8, "gpipe"),
-    ]
-    assert len({r.config_hash for r in requests}) == 4
+    run = {"method": ["eddl", "gpipe"], "testbed": ["pac-nano-2", "pac-nano-4"]}
+    requests = expand(tables(workload={"batch_size": [4, 8]}, run=run), "x")
+    asked = [(r.workload.batch_size, r.testbed.name, r.method.name) for r in requests]
+    assert asked == [(b, t, m) for b in (4, 8) for t in run["testbed"] for m in run["method"]]
+    assert len({r.config_hash for r in requests}) == 8
 
 
 def test_options_sweep_only_the_method_they_belong_to() -> None:

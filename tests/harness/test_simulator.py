@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.plan import Load, Phase, Plan, Send, Store, Tensor, Value
+from harness.plan import Combine, Free, Load, Phase, Plan, Recv, Send, Store, Tensor, Value
 from harness.plan.flow import link
 from harness.schedules import Pipeline, Stage, micro_batches
 from harness.simulator import simulate
@@ -40,7 +40,7 @@ def test_bubble_is_that_of_the_closed_form(schedule, p, m):
 
 @pytest.mark.parametrize("warmup", [[1, 1, 1], [3, 2, 1], [5, 3, 1], [8, 8, 8]])
 def test_activations_in_flight_follow_the_warm_up_counts(warmup):
-    plan, costs = straight(3, 8, warmup)
+    plan, costs = straight(3, 8, warmup, parameters=1)
     trace = simulate(plan, costs, cluster(3, bandwidth=math.inf))
     handed = 4 * WIDTH  # what a stage receives it keeps with what it saves
     for p, device in enumerate(trace.devices):
@@ -116,13 +116,9 @@ def test_the_ledger_ends_where_it_began(plan):
     for device in trace.devices:
         live = sum(plan.bytes(v) for v in plan.phases[0].live[device])
         timeline = trace.memory_timeline[device]
-        assert timeline[-1][1] == live == timeline[0][1] - _first_taken(plan, device, timeline[0][1], live)
+        # At time 0 a device may already hold what its first action writes.
+        assert timeline[-1][1] == live <= timeline[0][1]
         assert trace.peak_bytes[device] == max(nbytes for _, nbytes in timeline)
-
-
-def _first_taken(plan: Plan, device: str, first: int, live: int) -> int:
-    """At time 0 the first action may already hold what it writes."""
-    return max(0, first - live)
 
 
 @given(pipelines(), st.integers(3, 9), st.sampled_from(["full", "half", "shared"]))
@@ -149,42 +145,27 @@ def test_a_run_repeats_to_the_bit():
 
 @pytest.mark.parametrize(("duplex", "expected"), [("full", 1.0), ("half", 2.0), ("shared", 4.0)])
 def test_transfers_take_turns_on_what_they_share(duplex, expected):
-    """Two pairs exchange one second of data in both directions."""
-    names = [f"device{i}" for i in range(4)]
-    tensors = {"x": Tensor("activations", 1, 10**6)}
+    """Two pairs exchange a megabyte at 1 MB/s in both directions."""
     peers = {"device0": "device1", "device1": "device0", "device2": "device3", "device3": "device2"}
-    from harness.plan import Free, Recv
-
+    own = {name: Value("x", version=rank) for rank, name in enumerate(peers)}
     actions = {
         name: (
-            Load(Value("x", width=(0, 0), version=i)),
-            Send(Value("y", version=i), peers[name]),
-            Recv(Value("y", version=names.index(peers[name])), peers[name]),
-            Free((Value("x", width=(0, 0), version=i), Value("y", version=names.index(peers[name])))),
+            Combine("sum", (), own[name]),
+            Send(own[name], peer),
+            Recv(own[peer], peer),
+            Free((own[name], own[peer])),
         )
-        for i, name in enumerate(names)
+        for name, peer in peers.items()
     }
-    tensors["y"] = Tensor("weights", 1, 10**6)
-    live = {name: (Value("z"),) for name in names}
-    tensors["z"] = Tensor("weights", 1, 0)
-    actions = {
-        name: (Load(Value("y", version=names.index(name))), *acts[1:3], Free((acts[1].value, acts[2].value)))
-        for name, acts in actions.items()
-    }
-    phase = Phase("exchange", (), {}, actions, live, training=False)
-    plan = Plan("test", 0, tensors, (phase,))
-    fast_storage = cluster(4, duplex=duplex)
-    fast_storage = dataclasses.replace(
-        fast_storage, devices=tuple(dataclasses.replace(d, storage_read=math.inf) for d in fast_storage.devices)
+    plan = Plan(
+        "test", 0, {"x": Tensor("activations", 1, 10**6)}, (Phase("swap", (), {}, actions, {}, training=False),)
     )
-    assert simulate(plan, chain(1), fast_storage).total_s == pytest.approx(expected)
+    assert simulate(plan, chain(1), cluster(4, duplex=duplex)).total_s == pytest.approx(expected)
 
 
 def test_storage_is_a_queue_of_its_own():
     """A load of 1 MB at 1 MB/s, then a store of it at 0.5 MB/s."""
     value = Value("cache")
-    from harness.plan import Free
-
     phase = Phase("cached", (), {}, {"device0": (Load(value), Store(value), Free((value,)))}, {}, training=False)
     plan = Plan("test", 0, {"cache": Tensor("cache", 1, 10**6)}, (phase,))
     trace = simulate(plan, chain(1), cluster(1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from harness.cluster import Cluster, Device
+from harness.cluster import OPERATOR_CLASSES, Cluster, Device
 from harness.costs import Affine, Costs, ParameterCost, TensorCost, UnitCost, Work
 
 #: Bytes that every unit keeps per row, and the width of the hidden tensor (float32, so 4 bytes each).
@@ -59,7 +59,7 @@ def cluster(
         Device(
             name=f"device{i}",
             profile="toy",
-            rates={"matmul": (1e9 * speed, 1e9 * speed)},
+            rates=dict.fromkeys(OPERATOR_CLASSES, (1e9 * speed, 1e9 * speed)),
             kernel_overhead_s=0.0,
             memory_bytes=memory_bytes,
             memory_bandwidth=memory_bandwidth,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from harness.plan import Collective, Compute, Free, Phase, Plan, Recv, Send, Step, Value
+from harness.plan import Collective, Combine, Compute, Free, Phase, Plan, Recv, Send, Step, Tensor, Value
 from harness.plan.actions import reads, writes
 from harness.plan.flow import InvalidPlan
 from harness.plan.validate import validate
@@ -152,25 +152,19 @@ def test_a_peer_that_does_not_exist_is_named():
 
 
 def test_two_devices_that_wait_for_each_other_are_a_deadlock():
-    """Both send in the order 0, 1 what the other needs in the order 1, 0."""
-    plan = two_stages()
-    phase = plan.phases[0]
-    first, second = (list(phase.actions[d]) for d in ("device0", "device1"))
-    forwards = [a for a in first if isinstance(a, Send)]
-    backwards = [a for a in second if isinstance(a, Send)]
-    assert len(forwards) == len(backwards) == 2
-    # device0 sends micro-batch 1 only after micro-batch 0's gradient is back, device1 waits for both inputs first.
-    moved = forwards[1]
-    first.remove(moved)
-    gradient = next(i for i, a in enumerate(first) if isinstance(a, Compute) and a.direction == "backward")
-    first.insert(gradient, moved)
-    frees = [i for i, a in enumerate(first) if isinstance(a, Free) and moved.value in a.values]
-    first.append(first.pop(frees[0]))
-    receive = next(a for a in second if isinstance(a, Recv) and a.value.micro_batch == 1)
-    second.remove(receive)
-    second.insert(0, receive)
-    start = next(i for i, a in enumerate(second) if isinstance(a, Compute))
-    second[start] = replace(second[start], reads=(*second[start].reads, receive.value))
-    plan = with_actions(with_actions(plan, "device0", first), "device1", second)
-    with pytest.raises(InvalidPlan, match="deadlock"):
-        validate(plan)
+    """Each sends what it makes of the other's message."""
+    mine, yours = Value("x", version=0), Value("x", version=1)
+
+    def relay(peer: str, arrives: Value, leaves: Value) -> tuple:
+        return (Recv(arrives, peer), Combine("concat", (arrives,), leaves), Send(leaves, peer), Free((arrives, leaves)))
+
+    phase = Phase(
+        name="relay",
+        micro_batches=(),
+        shards={},
+        actions={"device0": relay("device1", yours, mine), "device1": relay("device0", mine, yours)},
+        live={},
+        training=False,
+    )
+    with pytest.raises(InvalidPlan, match="deadlock: 4 actions wait for each other"):
+        validate(Plan("test", 0, {"x": Tensor("activations", 1, 4)}, (phase,)))

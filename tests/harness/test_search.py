@@ -1,0 +1,102 @@
+"""Cuts against brute force, shares, and the search under a memory budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baselines import eddl, gpipe, pipedream_1f1b, standalone
+from harness.costs import BACKWARD, FORWARD
+from harness.errors import OrreryError, OutOfMemory, Unsupported
+from harness.schedules import micro_batches, one_f_one_b, split
+from harness.search import balanced_cuts, overflow
+from harness.simulator import simulate
+from harness.workload import Workload
+from tests.harness.toys import chain, cluster
+
+WORKLOAD = Workload("toy", "toy", num_samples=32, batch_size=16)
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=7),
+    st.lists(st.sampled_from([0.5, 1.0, 3.0]), min_size=1, max_size=4),
+)
+def test_balanced_cuts_equal_brute_force(work, speeds):
+    costs = chain(len(work))
+    units = [
+        dataclasses.replace(unit, forward=unit.forward._replace(matmul=unit.forward.matmul._replace(per_row=w * 1e9)))
+        for unit, w in zip(costs.units, work, strict=True)
+    ]
+    costs = dataclasses.replace(costs, units=tuple(units))
+    testbed = cluster(len(speeds), speeds=tuple(speeds))
+
+    def slowest(edges):
+        return max(
+            sum(costs.seconds(device, a, b, d, 1) for d in (FORWARD, BACKWARD))
+            for device, a, b in zip(testbed.devices, edges, edges[1:], strict=False)
+        )
+
+    if len(work) < len(speeds):
+        with pytest.raises(Unsupported, match="need as many layers"):
+            balanced_cuts(costs, testbed, testbed.names, 1)
+        return
+    cuts = balanced_cuts(costs, testbed, testbed.names, 1)
+    inner = itertools.combinations(range(1, len(work)), len(speeds) - 1)
+    best = min(slowest([0, *middle, len(work)]) for middle in inner)
+    assert slowest([0, *(b for _, b in cuts)]) == pytest.approx(best)
+
+
+@given(st.integers(0, 100), st.lists(st.floats(0.01, 10), min_size=1, max_size=9))
+def test_shares_sum_and_are_within_one_of_the_proportion(total, shares):
+    counts = split(total, shares)
+    assert sum(counts) == total
+    assert all(abs(c - total * s / sum(shares)) < 1 + 1e-9 for c, s in zip(counts, shares, strict=True))
+
+
+@given(st.integers(1, 12), st.integers(1, 12))
+def test_one_f_one_b_runs_each_pass_once_and_keeps_the_warm_up_count_in_flight(warmup, count):
+    order = list(one_f_one_b(warmup, count))
+    assert [m for d, m in order if d == FORWARD] == [m for d, m in order if d == BACKWARD] == list(range(count))
+    flight = list(itertools.accumulate(1 if d == FORWARD else -1 for d, _ in order))
+    assert max(flight) == min(warmup, count) and flight[-1] == 0
+
+
+def test_micro_batches_take_what_is_left():
+    assert micro_batches(16, 4) == (4, 4, 4, 4)
+    assert micro_batches(10, 4) == (4, 4, 2)
+    with pytest.raises(OrreryError, match="at least 1"):
+        micro_batches(4, 0)
+
+
+@pytest.mark.parametrize("method", [standalone, eddl, gpipe, pipedream_1f1b])
+def test_a_tight_budget_gives_smaller_micro_batches_and_then_out_of_memory(method):
+    costs = chain(8, parameters=10)
+    roomy = cluster(4)
+    plan = method.plan(WORKLOAD, costs, roomy, {**method.OPTIONS, "micro_batch_size": 16})
+    need = max(simulate(plan, costs, roomy).peak_bytes.values())
+    tight = cluster(4, memory_bytes=need - 1)
+    smaller = method.plan(WORKLOAD, costs, tight, method.OPTIONS)
+    assert overflow(simulate(smaller, costs, tight), tight) is None
+    assert smaller.summary["micro_batch_size"] < 16
+    with pytest.raises(OutOfMemory, match=r"device\d needs .* MiB missing"):
+        method.plan(WORKLOAD, costs, cluster(4, memory_bytes=100), method.OPTIONS)
+
+
+def test_eddl_shares_rows_by_speed_on_request():
+    costs, testbed = chain(4), cluster(2, speeds=(1.0, 3.0))
+    equal = eddl.plan(WORKLOAD, costs, testbed, eddl.OPTIONS)
+    fast = eddl.plan(WORKLOAD, costs, testbed, {**eddl.OPTIONS, "shares": "speed"})
+    assert equal.summary["rows"] == [[8, 8]]
+    assert fast.summary["rows"] == [[4, 12]]
+    assert simulate(fast, costs, testbed).total_s < simulate(equal, costs, testbed).total_s
+    with pytest.raises(OrreryError, match="speed"):
+        eddl.plan(WORKLOAD, costs, testbed, {**eddl.OPTIONS, "shares": "sped"})
+
+
+def test_a_micro_batch_larger_than_the_batch_is_refused():
+    with pytest.raises(OrreryError, match="from 1 to 16"):
+        standalone.plan(WORKLOAD, chain(2), cluster(1), {"micro_batch_size": 17})
