@@ -9,7 +9,7 @@ from harness.costs import BACKWARD, FORWARD, Costs
 from harness.errors import unknown_name
 from harness.plan import Plan
 from harness.schedules import Stage
-from harness.search import plan_pipeline
+from harness.search import Layout, plan_pipeline
 from harness.workload import Workload
 
 #: shares: rows of a micro-batch per device, "equal" or in proportion to "speed".
@@ -22,7 +22,7 @@ def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[st
         raise unknown_name("way to share rows", str(options["shares"]), ("equal", "speed"))
     units = (0, len(costs.units))
 
-    def layout(size: int) -> tuple[list[Stage], object]:
+    def layout(size: int) -> Layout:
         even = -(-size // len(cluster.devices))
         shares = _speeds(costs, cluster, even) if options["shares"] == "speed" else [1.0] * len(cluster.devices)
         return [Stage(units, cluster.names, tuple(shares))], lambda count: [1]

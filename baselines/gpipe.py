@@ -7,19 +7,17 @@ from collections.abc import Mapping
 from harness.cluster import Cluster
 from harness.costs import Costs
 from harness.plan import Plan
-from harness.schedules import Stage
-from harness.search import balanced_cuts, plan_pipeline
+from harness.search import Layout, plan_pipeline, straight_stages
 from harness.workload import Workload
 
 OPTIONS: dict[str, object] = {"micro_batch_size": None}
 
 
 def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[str, object]) -> Plan:
-    """Cuts balanced by profiled time; every stage has all micro-batches in flight, so memory grows with their number."""
+    """Cuts balanced by profiled time; all micro-batches are in flight, so memory grows with their number."""
 
-    def layout(size: int) -> tuple[list[Stage], object]:
-        cuts = balanced_cuts(costs, cluster, cluster.names, size)
-        stages = [Stage(units, (device,), (1,)) for units, device in zip(cuts, cluster.names, strict=True)]
+    def layout(size: int) -> Layout:
+        stages = straight_stages(costs, cluster, size)
         return stages, lambda count: [count] * len(stages)
 
     return plan_pipeline("gpipe", workload, costs, cluster, layout, options)

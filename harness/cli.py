@@ -248,6 +248,33 @@ def compare(
     raise typer.Exit(FAILED if worse else 0)
 
 
+@app.command()
+def reproduce(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[all|NAME]...", help="see `orrery list experiments`; default: all")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="repeat runs that are finished")] = False,
+    out: Out = DEFAULT_OUT,
+) -> None:
+    """Run the experiments behind the tables and figures, and report them beside the papers."""
+    from harness import registry, show
+
+    records = registry.load_results("reproduce").run(names or [], out, force)
+    print(show.records_table(records))
+    print(f"report: {out / 'index.html'}")
+    raise typer.Exit(FAILED if any(record.status == "failed" for record in records) else 0)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="results folder")] = DEFAULT_OUT,
+) -> None:
+    """Write tables, figures, report.md and index.html of a results folder into it."""
+    from harness import registry
+
+    print(registry.load_results("report").write(folder))
+
+
 def _flags(ctx: typer.Context) -> list[Request]:
     """The requests that the flags of a command ask for."""
     from harness.experiment import expand

@@ -254,11 +254,12 @@ class Costs:
         gradients: set[str] = set()
         for index, unit in reversed(list(enumerate(units))):
             own = {name: self.parameters[name].bytes for name in unit.parameters if self.parameters[name].trainable}
-            # A gradient that is new, or that autograd still gathers from several uses of a weight, stays alive.
+            again = max((own[name] for name in own if used[name] or not new_gradients), default=0)
+            # A gradient that is new stays, and so does one that autograd gathers from several uses of the weight.
             stays = {name for name in own if new_gradients or uses[name] > 1}
-            alive += sum(own[name] for name in stays if not used[name])
-            passing = max((own[name] for name in own if name not in stays or used[name]), default=0)
-            worst = max(worst, alive + unit.backward_workspace.at(rows) + passing)
+            begins = sum(own[name] for name in stays if not used[name])
+            worst = max(worst, alive + unit.backward_workspace.at(rows) + again + (begins if new_gradients else 0))
+            alive += begins
             used.update(own)
             if not new_gradients:
                 alive -= sum(own[name] for name in stays if used[name] == uses[name])
@@ -306,7 +307,7 @@ def _rated_seconds(device: Device, work: Work, direction: str, rows: int) -> flo
         if operator not in device.rates:
             raise OrreryError(
                 f"Nobody has published the rate of {operator} operators on {device.profile}, and this model needs it. "
-                f"Choose a device with a known rate, or add `rates.{operator}` to a device file of your own."
+                f"Choose a device with a known rate, or add `efficiency_{operator}` to a device file of your own."
             )
         seconds += flops / device.rates[operator][DIRECTIONS.index(direction)]
     return seconds
@@ -316,7 +317,6 @@ def _interpolate(points: tuple[tuple[int, float], ...], rows: int) -> float:
     """Piecewise linear through the measured points; the outer segments are extended."""
     if len(points) == 1:
         return points[0][1] * rows / points[0][0]
-    for (r0, s0), (r1, s1) in zip(points, points[1:], strict=False):
-        if rows <= r1:
-            break
+    after = next((i for i, (r, _) in enumerate(points[1:-1], 1) if rows <= r), len(points) - 1)
+    (r0, s0), (r1, s1) = points[after - 1], points[after]
     return max(0.0, s0 + (s1 - s0) * (rows - r0) / (r1 - r0))

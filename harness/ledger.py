@@ -76,18 +76,20 @@ class Ledger:
 
     def settle(self) -> Peaks:
         rows = np.concatenate(self._columns) if self._columns else np.zeros((0, 4), dtype=np.int64)
+        rows = rows[np.argsort(rows[:, 1], kind="stable")]
+        edges = np.searchsorted(rows[:, 1], np.arange(len(self._devices) + 1))
         total: dict[str, int] = {}
         by_kind: dict[str, dict[str, int]] = {}
         timeline: dict[str, tuple[tuple[int, int], ...]] = {}
         for index, name in enumerate(self._devices):
-            mine = rows[rows[:, 1] == index]
+            mine = rows[edges[index] : edges[index + 1]]
             times, alive = _running(mine[:, 0], mine[:, 3])
             total[name] = int(alive.max(initial=0))
             timeline[name] = tuple(zip(times.tolist(), alive.tolist(), strict=True))
-            by_kind[name] = {
-                kind: int(_running(mine[mine[:, 2] == k][:, 0], mine[mine[:, 2] == k][:, 3])[1].max(initial=0))
-                for kind, k in _KIND_INDEX.items()
-            }
+            by_kind[name] = dict.fromkeys(KINDS, 0)
+            for number in np.unique(mine[:, 2]).tolist():
+                some = mine[mine[:, 2] == number]
+                by_kind[name][KINDS[number]] = int(_running(some[:, 0], some[:, 3])[1].max(initial=0))
         return Peaks(total, by_kind, timeline)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from harness.costs import BACKWARD, FORWARD, Costs
 from harness.errors import OrreryError, Unsupported
+from harness.garbage import no_collection
 from harness.plan import (
     Action,
     Collective,
@@ -39,7 +41,7 @@ class Stage:
         """Row range of each device for a micro-batch of that many rows."""
         counts = split(micro_batch, self.shares)
         edges = [sum(counts[:i]) for i in range(len(counts) + 1)]
-        return tuple(zip(edges, edges[1:], strict=False))
+        return tuple(pairwise(edges))
 
 
 def split(total: int, shares: Sequence[float]) -> list[int]:
@@ -156,14 +158,15 @@ class Pipeline:
         actions: dict[str, tuple[Action, ...]] = {}
         live: dict[str, tuple[Value, ...]] = {}
         shards: dict[str, Shard] = {}
-        for p, stage in enumerate(self.stages):
-            rows = [self.rows(stage, count) for count in batches]
-            for i, device in enumerate(stage.devices):
-                mine = tuple(r[i] for r in rows)
-                worker = _Worker(self, p, mine, tuple(batches))
-                actions[device] = tuple(worker.iteration(warmup[p]))
-                live[device] = worker.live
-                shards[device] = Shard(stage.units, mine)
+        with no_collection():
+            for p, stage in enumerate(self.stages):
+                rows = [self.rows(stage, count) for count in batches]
+                for i, device in enumerate(stage.devices):
+                    mine = tuple(r[i] for r in rows)
+                    worker = _Worker(self, p, mine, tuple(batches))
+                    actions[device] = tuple(worker.iteration(warmup[p]))
+                    live[device] = worker.live
+                    shards[device] = Shard(stage.units, mine)
         return Phase(
             name=name,
             micro_batches=tuple(batches),

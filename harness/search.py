@@ -14,8 +14,8 @@ from harness.simulator import estimate
 from harness.trace import Trace
 from harness.workload import Workload
 
-#: Given a micro-batch size: the stages, and the warm-up count of each for a number of micro-batches.
-Layout = Callable[[int], tuple[Sequence[Stage], Callable[[int], Sequence[int]]]]
+#: The stages, and the warm-up count of each for a number of micro-batches.
+Layout = tuple[Sequence[Stage], Callable[[int], Sequence[int]]]
 
 
 def balanced_cuts(costs: Costs, cluster: Cluster, devices: Sequence[str], rows: int) -> list[Range]:
@@ -58,6 +58,12 @@ def balanced_cuts(costs: Costs, cluster: Cluster, devices: Sequence[str], rows: 
     return ranges[::-1]
 
 
+def straight_stages(costs: Costs, cluster: Cluster, rows: int) -> list[Stage]:
+    """One stage per device in rank order, balanced by time."""
+    cuts = balanced_cuts(costs, cluster, cluster.names, rows)
+    return [Stage(units, (device,), (1,)) for units, device in zip(cuts, cluster.names, strict=True)]
+
+
 def micro_batch_sizes(batch_size: int, asked: object = None) -> list[int]:
     """Powers of two up to the batch and the batch itself; or just the size that was asked for."""
     if asked is not None:
@@ -73,10 +79,16 @@ def micro_batch_sizes(batch_size: int, asked: object = None) -> list[int]:
 
 
 def plan_pipeline(
-    method: str, workload: Workload, costs: Costs, cluster: Cluster, layout: Layout, options: Mapping[str, object]
+    method: str,
+    workload: Workload,
+    costs: Costs,
+    cluster: Cluster,
+    layout: Callable[[int], Layout],
+    options: Mapping[str, object],
 ) -> Plan:
     """The fastest plan that fits among the micro-batch sizes: the same search for every method.
 
+    `layout(micro-batch size)` is what the method decides.
     `options["micro_batch_size"]` fixes the size. Ties go to the larger micro-batch.
     Raises OutOfMemory, naming the device that misses least under the best candidate, when none fits.
     """

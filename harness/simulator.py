@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from harness.cluster import Cluster
-from harness.costs import FORWARD, Costs
+from harness.costs import Costs
+from harness.garbage import no_collection
 from harness.ledger import Ledger
-from harness.plan.actions import NIC_IN, QUEUES, Combine, Compute, Load, Send, Step, Store
+from harness.plan.actions import NIC_IN, QUEUE_OF, QUEUES, Combine, Compute, Load, Send, Step, Store
 from harness.plan.flow import Graph, link
 from harness.plan.plan import Phase, Plan
 from harness.trace import Event, PhaseTrace, Trace, kind_of, label_of, micro_batch_of
@@ -75,6 +76,11 @@ class _Timed:
 
 def simulate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
     """Run the plan in virtual time. Raises InvalidPlan, and OrreryError where a device's rate is unknown."""
+    with no_collection():
+        return _simulate(plan, costs, cluster)
+
+
+def _simulate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
     prepared: dict[int, _Timed] = {}
     devices = plan.devices
     state = _State([0] * (len(QUEUES) * len(devices)))
@@ -149,6 +155,7 @@ def _time(phase: Phase, plan: Plan, costs: Costs, cluster: Cluster) -> _Timed:
         for a, b in {(graph.device[n], graph.peer[n]) for n in range(len(graph)) if graph.peer[n] >= 0}
     }
     timed = _Timed(phase, graph, [0] * len(graph), [0] * len(graph), {}, {}, [0] * (4 * len(devices)), {})
+    sent: dict[tuple[int, int], int] = {}
     for node, action in enumerate(graph.actions):
         device, nbytes = devices[graph.device[node]], graph.nbytes[node]
         seconds = 0.0
@@ -159,8 +166,8 @@ def _time(phase: Phase, plan: Plan, costs: Costs, cluster: Cluster) -> _Timed:
             timed.latency[node] = round(line.latency_s * PICOSECONDS)
             if line.medium is not None:
                 timed.medium[node] = line.medium
-            names = (graph.devices[ends[0]], graph.devices[ends[1]])
-            timed.link_bytes[names] = timed.link_bytes.get(names, 0) + nbytes
+            sent[ends] = sent.get(ends, 0) + nbytes
+            timed.busy[len(QUEUES) * ends[1] + QUEUES.index(NIC_IN)] += round(seconds * PICOSECONDS)
         elif isinstance(action, Compute):
             first, last = action.units
             rows = action.rows[1] - action.rows[0]
@@ -180,8 +187,8 @@ def _time(phase: Phase, plan: Plan, costs: Costs, cluster: Cluster) -> _Timed:
                 raise ValueError(f"the storage rate of {device.profile} is unknown")
             seconds = nbytes / rate
         timed.duration[node] = time = round(seconds * PICOSECONDS)
-        for queue in graph.queues_of(node):
-            timed.busy[queue] += time
+        timed.busy[len(QUEUES) * graph.device[node] + QUEUES.index(QUEUE_OF[type(action)])] += time
+    timed.link_bytes.update({(graph.devices[a], graph.devices[b]): nbytes for (a, b), nbytes in sent.items()})
     return timed
 
 
@@ -296,14 +303,13 @@ class _Events(Sequence[Event]):
         k, node, side = self._order()[index]
         kept = self._kept[k]
         graph, action = kept.timed.graph, kept.timed.graph.actions[node]
-        queue = graph.queues_of(node)[side]
         own, peer = graph.device[node], graph.peer[node]
-        if side:
-            own, peer = peer, own
         received = side == 1
+        if received:
+            own, peer = peer, own
         return Event(
             device=graph.devices[own],
-            queue=QUEUES[queue % len(QUEUES)],
+            queue=NIC_IN if received else QUEUE_OF[type(action)],
             kind="recv" if received else kind_of(action),
             label=label_of(action),
             start_s=kept.start[node] / PICOSECONDS,

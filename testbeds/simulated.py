@@ -23,8 +23,6 @@ class Simulation:
     max_rel_error: None = None
 
 
-def execute(
-    plan: Plan, workload: Workload, costs: Costs, testbed: Testbed, data_dir: Path | None = None
-) -> Simulation:
+def execute(plan: Plan, workload: Workload, costs: Costs, testbed: Testbed, data_dir: Path | None = None) -> Simulation:
     """Needs no data: a data set is its size and shape here."""
     return Simulation(simulate(plan, costs, testbed.cluster))

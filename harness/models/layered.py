@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
-
 
 #: What a whole run is for.
 RESULTS = ("logits", "loss")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 from harness.plan.actions import Action, Collective, Combine, Recv, Send
 from harness.plan.values import Range, Value
@@ -12,7 +13,7 @@ def chunks(width: int, parts: int) -> list[Range]:
     """Cut `width` elements into `parts` ranges whose sizes differ by at most one, the larger ones first."""
     size, larger = divmod(width, parts)
     edges = [part * size + min(part, larger) for part in range(parts + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
 
 
 def expand(collective: Collective, member: str, width: int) -> Iterator[Action]:

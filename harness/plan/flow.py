@@ -62,8 +62,9 @@ class Graph:
 
     `then[n]`: nodes that wait for n's result (a transfer's data arrives a latency after its queue is free);
     `behind[n]`: nodes that follow n in a queue. `waits[n]`: how many nodes n waits for.
-    `begins[q]`: first node of queue q, `ends[q]`: its last; `receiving`: queues that take what comes first. `live_readers`: (node, device, value name) that wait for a value carried
-    into the iteration; `live_writers[device, name]`: the node that leaves it for the next one.
+    `begins[q]`: first node of queue q, `ends[q]`: its last; `receiving`: queues that take what comes first.
+    `live_readers`: (node, device, value name) that wait for a value carried into the iteration;
+    `live_writers[device, name]`: the node that leaves it for the next one.
     `high_water[device]`: most bytes alive if the device took its actions one at a time, in list order.
     """
 
@@ -87,14 +88,6 @@ class Graph:
     def __len__(self) -> int:
         return len(self.actions)
 
-    def queues_of(self, node: int) -> tuple[int, ...]:
-        device, action = self.device[node], self.actions[node]
-        if isinstance(action, Send):
-            return (4 * device + _OUT, 4 * self.peer[node] + _IN)
-        if isinstance(action, (Load, Store)):
-            return (4 * device + _STORAGE,)
-        return (4 * device + _COMPUTE,)
-
 
 class _Held:
     """A value alive on a device: its allocation, who made it, who touched it since."""
@@ -113,7 +106,6 @@ class _Device:
     def __init__(self, builder: _Builder, index: int, name: str, live: tuple[Value, ...]) -> None:
         self.builder, self.graph, self.index, self.name = builder, builder.graph, index, name
         self.alive: dict[Value, _Held] = {}
-        self.pieces: dict[tuple[str, int, int], list[Value]] = {}
         self.live_names = {value.name for value in live}
         self.bytes = self.most_bytes = 0
         for value in live:
@@ -131,25 +123,19 @@ class _Device:
             self.graph.allocations.append(allocation)
             self._count(size)
         self.alive[value] = _Held(maker, allocation)
-        self.pieces.setdefault((value.name, value.micro_batch, value.version), []).append(value)
 
     def _count(self, nbytes: int) -> None:
         self.bytes += nbytes
         self.most_bytes = max(self.most_bytes, self.bytes)
-
-    def _drop(self, value: Value) -> _Held:
-        held = self.alive.pop(value)
-        self.pieces[value.name, value.micro_batch, value.version].remove(value)
-        return held
 
     def _find(self, value: Value, action: Action) -> _Held:
         """The held value that is `value`, or that it is a piece of."""
         held = self.alive.get(value)
         if held is not None:
             return held
-        for whole in self.pieces.get((value.name, value.micro_batch, value.version), ()):
-            if all(_within(value[axis], whole[axis]) for axis in (2, 3, 4)):
-                return self.alive[whole]
+        for whole, held in self.alive.items():
+            if whole.name == value.name and _is_piece(value, whole):
+                return held
         raise self.fail(action, f"{value} is read before it is written, or after it is freed")
 
     def _link(self, held: _Held, node: int, value: Value) -> None:
@@ -241,17 +227,16 @@ class _Device:
         previous = value._replace(version=value.version - 1)
         if previous not in self.alive:
             raise self.fail(action, f"{value} follows {previous}, which is not there")
-        held = self._drop(previous)
+        held = self.alive.pop(previous)
         held.maker = node
         held.touched.append(node)
         self.alive[value] = held
-        self.pieces.setdefault((value.name, value.micro_batch, value.version), []).append(value)
 
     def _free(self, action: Free) -> None:
         for value in action.values:
             if value not in self.alive:
                 raise self.fail(action, f"{value} is freed twice, or was never written")
-            held = self._drop(value)
+            held = self.alive.pop(value)
             if held.allocation is not None:
                 held.allocation.released = tuple(held.touched)
                 self._count(-held.allocation.nbytes)
@@ -295,13 +280,10 @@ class _Device:
                     arrived.released = (node,)
                     self._count(-arrived.nbytes)
                     arrived = None
-        self._drop(action.value)
+        del self.alive[action.value]
         whole.maker = last
         whole.touched.append(last)
         self.alive[action.result] = whole
-        self.pieces.setdefault((action.result.name, action.result.micro_batch, action.result.version), []).append(
-            action.result
-        )
 
     def finish(self) -> None:
         """What is alive at the end must be what was alive at the beginning, some versions on."""
@@ -387,11 +369,12 @@ class _Builder:
             )
 
 
-def _within(piece: object, whole: object) -> bool:
-    if whole is None:
-        return True
-    assert isinstance(whole, tuple)
-    return isinstance(piece, tuple) and whole[0] <= piece[0] and piece[1] <= whole[1]
+def _is_piece(piece: Value, whole: Value) -> bool:
+    """The same tensor, micro-batch and version, and every range of the piece within the whole's."""
+    if (piece.micro_batch, piece.version) != (whole.micro_batch, whole.version):
+        return False
+    ranges = ((piece.rows, whole.rows), (piece.tokens, whole.tokens), (piece.width, whole.width))
+    return all(b is None or (a is not None and b[0] <= a[0] and a[1] <= b[1]) for a, b in ranges)
 
 
 def link(phase: Phase, tensors: Mapping[str, Tensor]) -> Graph:

@@ -84,9 +84,8 @@ def _tile(parts: Iterable[Range], total: int, where: str) -> None:
             raise InvalidPlan(f"{where} {min(low, reached)}:{max(low, reached)} {what}")
         reached = high
     if reached != total:
-        raise InvalidPlan(
-            f"{where} {min(reached, total)}:{max(reached, total)} {'are missing' if reached < total else 'do not exist'}"
-        )
+        problem = "are missing" if reached < total else "do not exist"
+        raise InvalidPlan(f"{where} {min(reached, total)}:{max(reached, total)} {problem}")
 
 
 def _check_gradients(phase: Phase) -> None:

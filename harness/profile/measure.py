@@ -1,8 +1,8 @@
 """What the units of a workload cost on this machine, in seconds.
 
 Units are not timed one by one: each would pay for starting autograd, and none would meet the caches as its neighbours
-leave them. Whole iterations run as training runs them, with a time stamp at every boundary between units, so that
-the times of the units add up to the iteration.
+leave them. Whole iterations run as training runs them, in turn plain and with a time stamp at every boundary between
+units: the stamps say how an iteration is shared out, the plain ones how long it is.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ LOCAL = "local"
 WARM_UPS = 2
 
 Batches = Callable[[int], Mapping[str, Tensor]]
+Span = tuple[float, float]
 
 
 def measured(workload: Workload, costs: Costs, batch_of: Batches, rows: Sequence[int], repeats: int = 7) -> Costs:
@@ -55,44 +56,54 @@ def measure_units(layered: Layered, batch_of: Batches, rows: Sequence[int], repe
     """Seconds of each unit (the chain, then the local units) per direction, as ((rows, seconds), ...).
 
     Medians of `repeats` iterations of forward and backward, or of forward alone for a model in eval mode, scaled to
-    add up to the median iteration: an interruption hits now this unit, now that, and each unit's median forgets it.
-    Nothing is updated; gradients are dropped after every iteration, as training does.
+    add up to the median of as many plain iterations. Nothing is updated; gradients are dropped after every iteration.
     """
     names = [unit.name for unit in (*layered.units, *layered.local_units)]
     points: dict[str, list[list[tuple[int, float]]]] = {direction: [[] for _ in names] for direction in DIRECTIONS}
     for count in sorted(rows):
         batch = batch_of(count)
-        timed = [_iteration(layered, batch, count) for _ in range(WARM_UPS + repeats)][WARM_UPS:]
-        for direction in DIRECTIONS:
-            medians = [statistics.median(one[direction].get(name, 0.0) for one in timed) for name in names]
-            whole = statistics.median(sum(one[direction].values()) for one in timed)
-            scale = whole / sum(medians) if whole else 1.0
-            for unit, seconds in zip(points[direction], medians, strict=True):
-                unit.append((count, seconds * scale))
+        plain: list[dict[str, Span]] = []
+        stamped: list[dict[str, dict[str, float]]] = []
+        for _ in range(WARM_UPS + repeats):
+            plain.append(_iteration(layered, batch, count))
+            stamped.append(_stamped_iteration(layered, batch, count))
+        for direction in plain[0]:
+            whole = statistics.median(run[direction][1] - run[direction][0] for run in plain[WARM_UPS:])
+            parts = [statistics.median(run[direction].get(name, 0.0) for run in stamped[WARM_UPS:]) for name in names]
+            for unit, seconds in zip(points[direction], parts, strict=True):
+                unit.append((count, seconds * whole / sum(parts)))
+        if BACKWARD not in plain[0]:
+            for unit in points[BACKWARD]:
+                unit.append((count, 0.0))
     return {direction: tuple(tuple(unit) for unit in points[direction]) for direction in DIRECTIONS}
 
 
-def _iteration(layered: Layered, batch: Mapping[str, Tensor], rows: int) -> dict[str, dict[str, float]]:
-    """Seconds by direction and unit name of one iteration."""
+def _iteration(layered: Layered, batch: Mapping[str, Tensor], rows: int) -> dict[str, Span]:
+    """When each direction began and ended."""
+    training = layered.root.training
+    with torch.set_grad_enabled(training):
+        began = perf_counter()
+        values = layered.run(0, len(layered.units), dict(batch))
+        spans = {FORWARD: (began, perf_counter())}
+    if training:
+        loss = values["loss"] / rows
+        began = perf_counter()
+        loss.backward()
+        spans[BACKWARD] = (began, perf_counter())
+        layered.root.zero_grad(set_to_none=True)
+    return spans
+
+
+def _stamped_iteration(layered: Layered, batch: Mapping[str, Tensor], rows: int) -> dict[str, dict[str, float]]:
+    """Seconds by direction and unit name."""
     begun: dict[str, dict[str, float]] = {direction: {} for direction in DIRECTIONS}
     hooks = [hook for unit in (*layered.local_units, *layered.units) for hook in _stamp(unit, begun)]
     try:
-        training = layered.root.training
-        seconds: dict[str, dict[str, float]] = {direction: {} for direction in DIRECTIONS}
-        with torch.set_grad_enabled(training):
-            began = perf_counter()
-            values = layered.run(0, len(layered.units), dict(batch))
-            seconds[FORWARD] = _spans(began, begun[FORWARD], perf_counter())
-        if training:
-            loss = values["loss"] / rows
-            began = perf_counter()
-            loss.backward()
-            seconds[BACKWARD] = _spans(began, begun[BACKWARD], perf_counter())
+        spans = _iteration(layered, batch, rows)
     finally:
         for hook in hooks:
             hook.remove()
-    layered.root.zero_grad(set_to_none=True)
-    return seconds
+    return {direction: _parts(span, begun[direction]) for direction, span in spans.items()}
 
 
 def _stamp(unit: Unit, begun: Mapping[str, dict[str, float]]) -> tuple[RemovableHandle, RemovableHandle]:
@@ -112,10 +123,10 @@ def _stamp(unit: Unit, begun: Mapping[str, dict[str, float]]) -> tuple[Removable
     return unit.register_forward_pre_hook(forward_begins), unit.register_forward_hook(watch)
 
 
-def _spans(began: float, begun: Mapping[str, float], ended: float) -> dict[str, float]:
+def _parts(span: Span, begun: Mapping[str, float]) -> dict[str, float]:
     """Units run one after the other, backward too (autograd takes what was made last): each ends where one begins."""
     order = sorted(begun, key=begun.__getitem__)
-    stamps = [began, *(begun[name] for name in order[1:]), ended]
+    stamps = [span[0], *(begun[name] for name in order[1:]), span[1]]
     return {name: after - before for name, (before, after) in zip(order, pairwise(stamps), strict=True)}
 
 

@@ -23,6 +23,8 @@ def structure(value: Any, seen: dict[int, Any]) -> Any:
         return value
     if isinstance(value, (tuple, list)):
         return tuple(structure(item, seen) for item in value)
+    if isinstance(value, dict):
+        return ("dict", structure(list(value.items()), seen))
     if isinstance(value, Tensor):
         return ("tensor", tuple(value.shape), value.dtype, value.requires_grad)
     if isinstance(value, nn.Module):

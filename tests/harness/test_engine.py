@@ -151,7 +151,8 @@ def test_the_loss_falls_on_real_text():
 @pytest.mark.parametrize("workload", [pytest.param(TEXT, marks=needs_glue), IMAGES], ids=["bert-tiny", "resnet-tiny"])
 def test_tracked_peak_memory_equals_the_ledger(workload, micro_batch_size):
     _, execution = run(workload, micro_batch_size)
-    simulated = simulate(plan_for(workload, micro_batch_size), profile.count(workload), cluster(1, memory_bandwidth=1e10))
+    plan = plan_for(workload, micro_batch_size)
+    simulated = simulate(plan, profile.count(workload), cluster(1, memory_bandwidth=1e10))
     assert execution.trace.peak_bytes["device0"] == pytest.approx(simulated.peak_bytes["device0"], rel=0.05)
     for kind in ("weights", "gradients", "optimizer", "buffers"):
         assert execution.trace.memory_bytes["device0"][kind] == simulated.memory_bytes["device0"][kind], kind

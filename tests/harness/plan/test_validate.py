@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import assume, given
@@ -28,7 +29,7 @@ def pipelines(draw: st.DrawFn, min_devices: int = 1) -> Plan:
     )
     edges = [0, *cuts, num_layers]
     stages, count = [], 0
-    for first, last in zip(edges, edges[1:], strict=False):
+    for first, last in pairwise(edges):
         size = draw(st.integers(1, 3))
         shares = draw(st.lists(st.integers(1, 4), min_size=size, max_size=size))
         stages.append(Stage((first, last), tuple(f"device{count + i}" for i in range(size)), tuple(shares)))

