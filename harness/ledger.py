@@ -59,8 +59,8 @@ class Ledger:
                     rows.append((start[node], graph.device[node], kind, nbytes))
                     rows.append((end[node], graph.device[node], kind, -nbytes))
         for device, (before, after) in enumerate(zip(self._live, live, strict=True)):
-            for kind in np.flatnonzero(before != after):
-                rows.append((began[device], device, int(kind), int(after[kind] - before[kind])))
+            for number in np.flatnonzero(before != after).tolist():
+                rows.append((began[device], device, number, int(after[number] - before[number])))
         self._live = live
         if rows:
             self._columns.append(np.array(rows, dtype=np.int64))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from statistics import fmean
 
 from harness import profile
@@ -50,9 +51,10 @@ class Comparison:
         """What a reader sees in the error column."""
         if self.ours is None:
             return "not run"
-        if self.difference is None:
-            return "agrees" if self.ours == self.cell.value else "contradicts"
-        text = f"{self.difference:+.1%}"
+        if self.difference is not None:
+            text = f"{self.difference:+.1%}"
+        else:
+            text = "agrees" if self.ours == self.cell.value else "contradicts"
         return f"({text}) fitted" if self.fitted else f"({text}) another system" if self.nearest else text
 
 
@@ -114,10 +116,16 @@ def _counts(paper: Paper, setting: Setting) -> Iterator[Comparison]:
                     yield Comparison(cell, *counted)
 
 
+@cache
+def _costs(workload: Workload) -> Costs:
+    """Read once for all cells of a report."""
+    return profile.count(workload)
+
+
 def _count(cell: Cell, workload: Workload, device: Device) -> tuple[float, str] | None:
     """Our value for a cell that can be counted, and how."""
     rows = workload.batch_size
-    costs = profile.count(workload)
+    costs = _costs(workload)
     everything = (0, len(costs.units))
     match cell.artefact, cell.metric:
         case "fig3", "tflop_forward":

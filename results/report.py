@@ -50,7 +50,7 @@ def _blocks(records: Sequence[Record], folder: Path) -> Iterator[Block]:
     yield Bullets(tuple(f"{setting.title}: {_summary(setting.records)}" for setting in found))
     for setting in found:
         yield from _setting(setting, folder)
-    yield from _origin(records)
+    yield from _origin([record for setting in found for record in setting.records])
 
 
 def _summary(records: Sequence[Record]) -> str:
@@ -64,8 +64,10 @@ def _setting(setting: Setting, folder: Path) -> Iterator[Block]:
     yield Heading(2, setting.title)
     yield Text(setting.work)
     yield tables.runs(setting, comparisons)
-    drawn = list(figures.draw(setting, folder / "figures"))
-    yield from drawn
+    rests_on = tables.constants(setting)
+    if rests_on is not None:
+        yield Folded(rests_on)
+    yield from figures.draw(setting, folder / "figures")
     several = tables.modes(setting)
     if several is not None:
         yield several
@@ -77,9 +79,6 @@ def _setting(setting: Setting, folder: Path) -> Iterator[Block]:
             for cell in cells:
                 if (cell.cell.metric, cell.cell.technique) == ("activations_gib", "Full"):
                     yield tables.kept(setting, cell)
-    rests_on = tables.constants(setting)
-    if rests_on is not None:
-        yield rests_on
 
 
 def _origin(records: Sequence[Record]) -> Iterator[Block]:
@@ -98,9 +97,9 @@ def _origin(records: Sequence[Record]) -> Iterator[Block]:
         )
         for r in records
     )
-    rows = [{**json.loads(origin), "runs": count} for origin, count in sorted(origins.items())]
+    rows = [{"runs": count, **json.loads(origin)} for origin, count in sorted(origins.items())]
     turned = pd.DataFrame(
-        [{"what": key, **{f"version {n}": row.get(key) for n, row in enumerate(rows, 1)}} for key in rows[0]]
+        [{"what": key, **{f"origin {n}": row.get(key) for n, row in enumerate(rows, 1)}} for key in rows[0]]
     )
     yield Table("origin", "Code and libraries", turned)
     files = pd.DataFrame(

@@ -20,6 +20,14 @@ MIB = 2**20
 TIME_UNITS = (("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3))
 
 
+#: What a simulated and a real run are compared by: text, field, divisor.
+MEASURED = (
+    ("total time, s", "total_time_s", 1),
+    ("samples/s", "throughput_samples_per_s", 1),
+    ("peak memory, MiB", "peak_memory_bytes", MIB),
+)
+
+
 @dataclass(frozen=True)
 class Table:
     """`frame` holds plain numbers and texts; `formats[column]` turns a number into text. `name` is unique in a report.
@@ -83,7 +91,9 @@ def runs(setting: Setting, comparisons: Mapping[str, Sequence[Comparison]]) -> T
                 "paper, h": next((v for (m, how), v in theirs.items() if _is(m, how, record)), None),
                 "samples/s": record.throughput_samples_per_s,
                 "peak, MiB": record.peak_memory_bytes and record.peak_memory_bytes / MIB,
+                "energy, kJ": record.energy_j and record.energy_j / 1000,
                 "idle": record.bubble_fraction,
+                "network": _network(record),
                 "micro-batch": record.micro_batch_size,
                 "note": note(record),
             }
@@ -91,17 +101,37 @@ def runs(setting: Setting, comparisons: Mapping[str, Sequence[Comparison]]) -> T
     frame = pd.DataFrame(rows)
     alike = [column for column in ("mode",) if frame[column].nunique() == 1]
     empty = [column for column in frame.columns if frame[column].isna().all() or (frame[column] == "").all()]
-    numbers = [c for c in frame.columns if c not in ("model", "method", "mode", "status", "idle", "paper, h", "note")]
+    numbers = [
+        c
+        for c in frame.columns
+        if c not in ("model", "method", "mode", "status", "idle", "network", "paper, h", "note")
+    ]
     notes = ["Peak: the most bytes alive on the worst device; where a run did not fit, what it would have needed."]
-    notes.append("Idle: the mean share of the run in which a device does not compute.")
+    notes.append("Idle: the share of the run in which a device does not compute, mean over devices.")
+    notes.append("Network: the share of the run in which the busiest network queue of a device works.")
+    if "energy, kJ" not in empty:
+        notes.append(f"Energy: {setting.first.energy_source or 'modelled'}, all devices, idle power included.")
     return Table(
         f"{setting.name}-runs",
         f"{setting.title}{'' if 'mode' not in alike else ', ' + setting.first.mode}",
         frame.drop(columns=[*alike, *(column for column in empty if column not in alike)]),
-        {**dict.fromkeys(numbers, significant), "idle": percent, "micro-batch": str, "paper, h": str},
+        {
+            **dict.fromkeys(numbers, significant),
+            "idle": percent,
+            "network": percent,
+            "micro-batch": "{:.0f}".format,
+            "paper, h": str,
+        },
         heads=2,
         notes=tuple(notes),
     )
+
+
+def _network(record: Record) -> float | None:
+    """Share of the run in which the busiest network queue works; none where nothing is sent."""
+    if not record.comm_bytes or record.comm_time_s is None or record.total_time_s is None:
+        return None
+    return record.comm_time_s / record.total_time_s
 
 
 def _is(model: str, method: str, record: Record) -> bool:
@@ -133,7 +163,7 @@ def beside(paper: Paper, artefact: str, setting: Setting, comparisons: Sequence[
             "model": c.cell.model,
             "technique": c.cell.technique,
             "system": c.cell.system,
-            "quantity": c.cell.metric,
+            "quantity": c.cell.metric.replace("_", " "),
             "ours from": c.how,
             "paper": c.cell.value,
             "ours": c.ours,
@@ -192,7 +222,7 @@ def kept(setting: Setting, comparison: Comparison) -> Table:
         pd.DataFrame(rows),
         {"GiB": lambda value: f"{value:.3f}", "less the paper's, GiB": lambda value: f"{value:+.3f}"},
         notes=(
-            "The first row is what the ledger uses. The paper measured on GPUs, whose dropout keeps smaller masks; "
+            "The first row is what the ledger uses. On a GPU, such as the paper's, dropout keeps smaller masks; "
             "what then remains is not explained by these counts. Nothing was fitted to the paper's value.",
         ),
     )
@@ -208,7 +238,7 @@ def modes(setting: Setting) -> Table | None:
         {
             "model": model,
             "method": method,
-            "quantity": name,
+            "quantity": text,
             mode: getattr(real, name) / divisor,
             "simulated": getattr(by_mode["simulated"], name) / divisor,
             "simulated / real": getattr(by_mode["simulated"], name) / getattr(real, name),
@@ -216,7 +246,7 @@ def modes(setting: Setting) -> Table | None:
         for (model, method), by_mode in groups.items()
         for mode, real in by_mode.items()
         if mode != "simulated" and "simulated" in by_mode
-        for name, divisor in (("total_time_s", 1), ("throughput_samples_per_s", 1), ("peak_memory_bytes", 1))
+        for text, name, divisor in MEASURED
     ]
     if not rows:
         return None

@@ -46,7 +46,8 @@ def test_list_shows_names_with_a_line_about_each() -> None:
     assert {"pac-nano-4", "demo-hetero-3", "local-1"} <= set(names(Result("list testbeds").out))
     assert {"mrpc", "digits"} <= set(names(Result("list datasets").out))
     assert "jetson-nano-10w" in names(Result("list devices").out)
-    for kind in ("baselines", "testbeds", "datasets", "models", "devices"):
+    assert "pac-full" in names(Result("list experiments").out)
+    for kind in ("baselines", "testbeds", "datasets", "models", "devices", "experiments"):
         assert all(len(line.split()) > 1 for line in Result(f"list {kind}").out.splitlines())
 
 
@@ -64,7 +65,7 @@ def test_list_is_fast_and_brings_no_heavy_library_along() -> None:
         "assert not heavy, heavy"
     )
     times = []
-    for _ in range(3):
+    for _ in range(5):
         began = time.perf_counter()
         subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
         times.append(time.perf_counter() - began)
@@ -132,6 +133,8 @@ BAD = {
         "nowhere",
     ),
     "no plan": ("run --plan none.json --model bert-tiny --testbed pac-nano-2", "none.json can't be read"),
+    "unknown reproduction": ("reproduce pack", "Did you mean pac"),
+    "nothing to report": ("report nowhere", "There are no results in nowhere"),
     "no results": ("compare a b", "can't be read"),
     "unwritable": (f"run --method eddl {TINY} --testbed pac-nano-2 --out taken", "can't be written"),
     "picture": (f"plan --method eddl {TINY} --testbed pac-nano-2 --picture p.bmp", "p.bmp"),
@@ -194,6 +197,13 @@ def test_compare_fails_when_asked_to(folder: Path) -> None:
     assert float(line.split()[-1]) == pytest.approx(b.total_time_s / a.total_time_s, rel=1e-3)
 
 
+def test_report_is_written_from_the_records(folder: Path) -> None:
+    Result(f"run --method eddl {TINY} --testbed pac-nano-2 --out results")
+    result = Result("report results")
+    assert (result.code, result.out) == (0, "results/index.html\n")
+    assert "bert-tiny" in (folder / "results" / "report.md").read_text()
+
+
 def test_doctor_finds_this_installation_whole(folder: Path) -> None:
     result = Result("doctor --testbed pac-nano-4 --json")
     checks = {check["name"]: check for check in json.loads(result.out)}
@@ -225,5 +235,5 @@ def test_doctor_names_a_broken_method(monkeypatch: pytest.MonkeyPatch, folder: P
 
 def test_help_lists_the_commands_in_the_order_of_a_days_work() -> None:
     text = Result("--help").out
-    order = ["list", "doctor", "profile", "plan", "run", "compare"]
+    order = ["list", "doctor", "profile", "plan", "run", "compare", "reproduce", "report"]
     assert sorted(order, key=lambda command: text.index(f"\n  {command}  ")) == order

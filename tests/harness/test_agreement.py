@@ -1,0 +1,35 @@
+"""The simulator, fed with this machine's measured unit times, against real training on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+
+import pytest
+
+from baselines import standalone
+from harness import datasets, engine, models, profile
+from harness.profile.measure import LOCAL, measure_units
+from harness.simulator import simulate
+from tests.harness.test_engine import GLUE, IMAGES, TEXT, needs_glue, one_thread  # noqa: F401
+from testbeds.library import load
+
+ROUNDS = 3
+
+
+@pytest.mark.parametrize("workload", [pytest.param(TEXT, marks=needs_glue), IMAGES], ids=["bert-tiny", "resnet-tiny"])
+def test_simulated_time_is_that_of_the_real_run(workload, record_property):
+    """Median of rounds in which profile and real run follow each other, so that both see the machine in one state."""
+    cluster = load("local-1").cluster
+    dataset = datasets.load(workload, GLUE if workload.dataset == "mrpc" else None)
+    counted = profile.count(workload)
+    ratios = []
+    for _ in range(ROUNDS):
+        seconds = measure_units(models.build(workload), lambda rows: dataset.batch(range(rows)), [4, 16], repeats=9)
+        costs = dataclasses.replace(counted, measured={LOCAL: seconds})
+        plan = standalone.plan(workload, costs, cluster, {"micro_batch_size": 16})
+        real = engine.execute(plan, workload, models.build(workload), dataset).trace
+        simulated = simulate(plan, costs, cluster)
+        ratios.append(simulated.phases[0].iteration_s[-1] / statistics.median(real.phases[0].iteration_s))
+    record_property("simulated_over_real", ratios)
+    assert statistics.median(ratios) == pytest.approx(1, abs=0.15), ratios
