@@ -46,6 +46,7 @@ PlanFile = Annotated[str | None, typer.Option("--plan", help="a saved or hand-wr
 Model = Annotated[str | None, typer.Option("--model")]
 Technique = Annotated[str | None, typer.Option("--technique", help="full (default) or inference")]
 Dataset = Annotated[str | None, typer.Option("--dataset", help="default: mrpc for text, digits for images")]
+NumSamples = Annotated[int | None, typer.Option("--num-samples", help="default: the data set's training split")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="default: 16")]
 SeqLen = Annotated[int | None, typer.Option("--seq-len", help="tokens; default: the data set's")]
 DecoderSeqLen = Annotated[int | None, typer.Option("--decoder-seq-len", help="tokens; default: 1")]
@@ -134,6 +135,7 @@ def plan(
     model: Model = None,
     technique: Technique = None,
     dataset: Dataset = None,
+    num_samples: NumSamples = None,
     batch_size: BatchSize = None,
     seq_len: SeqLen = None,
     decoder_seq_len: DecoderSeqLen = None,
@@ -181,6 +183,7 @@ def run(
     model: Model = None,
     technique: Technique = None,
     dataset: Dataset = None,
+    num_samples: NumSamples = None,
     batch_size: BatchSize = None,
     seq_len: SeqLen = None,
     decoder_seq_len: DecoderSeqLen = None,

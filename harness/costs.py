@@ -16,6 +16,8 @@ from harness.errors import OrreryError
 
 FORWARD, BACKWARD = "forward", "backward"
 DIRECTIONS = (FORWARD, BACKWARD)
+#: Beside the directions, what measured tables hold: the optimizer's update of each unit's weights.
+UPDATE = "update"
 
 
 class Affine(NamedTuple):
@@ -104,7 +106,8 @@ class Costs:
     """The chain of units in execution order, the local units beside it, tensors and parameters by name.
 
     `inputs` are the tensors that every device reads from its own copy of the data, by sample id.
-    `measured[table][direction]` holds, per unit (chain, then local), measured seconds as ((rows, seconds), ...).
+    `measured[table][direction]` holds, per unit (chain, then local), measured seconds as ((rows, seconds), ...);
+    `measured[table]["update"]` likewise the optimizer's update, which does not depend on rows.
     `key` identifies the content: same key, same costs.
     """
 
@@ -285,6 +288,12 @@ class Costs:
             else:
                 cache[key] = _rated_seconds(device, self.work(first, last, direction), direction, rows)
         return cache[key]
+
+    def update_seconds(self, device: Device, first: int, last: int, nbytes: int) -> float:
+        """Time of the optimizer's update of the range, which reads and writes `nbytes` of memory."""
+        if device.measured is not None:
+            return self._measured_seconds(device.measured, first, last, UPDATE, 1)
+        return nbytes / device.memory_bandwidth
 
     def _measured_seconds(self, table: str, first: int, last: int, direction: str, rows: int) -> float:
         if table not in self.measured:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from harness.datasets import sample_order
-from harness.errors import Unsupported
+from harness.errors import OrreryError, Unsupported
 from harness.models.layered import Layered
 from harness.optimizers import optimizer_for
 from harness.plan import Action, Commit, Compute, Free, Phase, Plan, Step, Value
@@ -41,10 +41,13 @@ def execute(plan: Plan, workload: Workload, layered: Layered, dataset: Dataset) 
     """Run the plan of a single device in this process. `layered` is trained in place.
 
     Before the clock starts one iteration is rehearsed without its update: it warms up, and it is watched tensor
-    by tensor for the memory columns. Raises Unsupported for a plan of several devices.
+    by tensor for the memory columns. Raises OrreryError for a data set that is smaller than the workload says.
     """
-    if len(plan.devices) != 1:
-        raise Unsupported(f"the plan uses {len(plan.devices)} devices; without a transport the engine runs one")
+    if len(dataset) < workload.num_samples:
+        raise OrreryError(
+            f"The data set {workload.dataset} has {len(dataset)} training samples here, and the run was planned for "
+            f"{workload.num_samples}. Pass --num-samples {len(dataset)}."
+        )
     worker = _Worker(plan, workload, layered, dataset)
     memory = worker.rehearse()
     return worker.run(memory)
@@ -166,7 +169,7 @@ class _Worker:
 
     def _sample_ids(self) -> Iterator[list[int]]:
         """The samples of each iteration, epoch after epoch, each epoch in an order of its own."""
-        total, size, epoch = min(len(self.dataset), self.workload.num_samples), self.workload.batch_size, 0
+        total, size, epoch = self.workload.num_samples, self.workload.batch_size, 0
         while True:
             order = sample_order(total, epoch, self.workload.seed)
             yield from (order[i : i + size] for i in range(0, total, size))

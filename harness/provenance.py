@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -31,6 +32,18 @@ def _version(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
+
+
+@cache
+def code_digest() -> str:
+    """Of every source and data file that can change a result: a run made by other code is another run."""
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for package in ("harness", "baselines", "systems", "testbeds"):
+        for source in sorted(root.joinpath(package).rglob("*")):
+            if source.suffix in (".py", ".toml"):
+                digest.update(str(source.relative_to(root)).encode() + source.read_bytes())
+    return digest.hexdigest()
 
 
 @cache

@@ -313,7 +313,7 @@ class _Worker:
             summed.append(next_version(value) if len(devices) > 1 else value)
         if summed:
             changed = self.trained + self.state
-            yield Step(tuple(summed), changed, tuple(map(next_version, changed)))
+            yield Step(self.stage.units, tuple(summed), changed, tuple(map(next_version, changed)))
             yield Free(tuple(summed))
         yield Commit()
 

@@ -180,7 +180,7 @@ def _time(phase: Phase, plan: Plan, costs: Costs, cluster: Cluster) -> _Timed:
             # A sum reads two operands and writes one, a concatenation reads and writes.
             seconds = nbytes * (3 if action.op == "sum" else 2) / device.memory_bandwidth
         elif isinstance(action, Step):
-            seconds = nbytes / device.memory_bandwidth
+            seconds = costs.update_seconds(device, *action.units, nbytes)
         elif isinstance(action, (Load, Store)):
             rate = device.storage_read if isinstance(action, Load) else device.storage_write
             if rate is None:

@@ -67,16 +67,28 @@ def percent(value: float) -> str:
     return f"{value:.1%}"
 
 
+#: Of the table of runs: formats of columns that are no plain numbers, and what its columns mean.
+RUN_FORMATS: dict[str, Callable[[float], str]] = {
+    "idle": percent,
+    "network": percent,
+    "micro-batch": "{:.0f}".format,
+    "paper, h": str,
+}
+RUN_NOTES = {
+    "peak, MiB": "Peak: most bytes alive at once on the worst device; of a run that did not fit, what it would need.",
+    "energy, kJ": "Energy: of all devices over the run, idle power included; modelled where simulated.",
+    "idle": "Idle: share of the run in which a device does not compute, mean over devices.",
+    "network": "Network: share of the run in which the busiest network queue of any device works.",
+}
+
+
 def runs(setting: Setting, comparisons: Mapping[str, Sequence[Comparison]]) -> Table:
     """Method x model: times, throughput, memory, status; beside ours the paper's hours for the same run."""
+    theirs = [
+        c for cells in comparisons.values() for c in cells if c.cell.metric == "training_time_h" and not c.nearest
+    ]
     longest = max((r.total_time_s for r in setting.records if r.total_time_s is not None), default=0.0)
-    unit, seconds = next(((u, s) for u, s in TIME_UNITS if longest >= s), TIME_UNITS[-1])
-    theirs = {
-        (c.cell.model, c.how): c.cell.value
-        for several in comparisons.values()
-        for c in several
-        if c.cell.metric == "training_time_h" and not c.nearest
-    }
+    unit, seconds = next(((u, s) for u, s in TIME_UNITS if longest >= s or theirs), TIME_UNITS[-1])
     rows = []
     for record in setting.records:
         total = None if record.total_time_s is None else record.total_time_s / seconds
@@ -88,7 +100,7 @@ def runs(setting: Setting, comparisons: Mapping[str, Sequence[Comparison]]) -> T
                 "status": record.status,
                 f"per epoch, {unit}": None if total is None or record.steps else total / record.epochs,
                 f"in all, {unit}": total,
-                "paper, h": next((v for (m, how), v in theirs.items() if _is(m, how, record)), None),
+                "paper, h": next((c.cell.value for c in theirs if _answers(c, record)), None),
                 "samples/s": record.throughput_samples_per_s,
                 "peak, MiB": record.peak_memory_bytes and record.peak_memory_bytes / MIB,
                 "energy, kJ": record.energy_j and record.energy_j / 1000,
@@ -99,31 +111,17 @@ def runs(setting: Setting, comparisons: Mapping[str, Sequence[Comparison]]) -> T
             }
         )
     frame = pd.DataFrame(rows)
-    alike = [column for column in ("mode",) if frame[column].nunique() == 1]
-    empty = [column for column in frame.columns if frame[column].isna().all() or (frame[column] == "").all()]
-    numbers = [
-        c
-        for c in frame.columns
-        if c not in ("model", "method", "mode", "status", "idle", "network", "paper, h", "note")
-    ]
-    notes = ["Peak: the most bytes alive on the worst device; where a run did not fit, what it would have needed."]
-    notes.append("Idle: the share of the run in which a device does not compute, mean over devices.")
-    notes.append("Network: the share of the run in which the busiest network queue of a device works.")
-    if "energy, kJ" not in empty:
-        notes.append(f"Energy: {setting.first.energy_source or 'modelled'}, all devices, idle power included.")
+    one_mode = frame["mode"].nunique() == 1
+    frame = frame.drop(columns=[c for c in frame.columns if (frame[c].isna() | (frame[c] == "")).all()])
+    texts = ("model", "method", "mode", "status", "note")
+    formats = {column: RUN_FORMATS.get(column, significant) for column in frame.columns if column not in texts}
     return Table(
         f"{setting.name}-runs",
-        f"{setting.title}{'' if 'mode' not in alike else ', ' + setting.first.mode}",
-        frame.drop(columns=[*alike, *(column for column in empty if column not in alike)]),
-        {
-            **dict.fromkeys(numbers, significant),
-            "idle": percent,
-            "network": percent,
-            "micro-batch": "{:.0f}".format,
-            "paper, h": str,
-        },
+        f"{setting.title}, {setting.first.mode}" if one_mode else setting.title,
+        frame.drop(columns="mode") if one_mode else frame,
+        formats,
         heads=2,
-        notes=tuple(notes),
+        notes=tuple(text for column, text in RUN_NOTES.items() if column in frame),
     )
 
 
@@ -134,8 +132,8 @@ def _network(record: Record) -> float | None:
     return record.comm_time_s / record.total_time_s
 
 
-def _is(model: str, method: str, record: Record) -> bool:
-    return method == record.method and same(model, record.model)
+def _answers(comparison: Comparison, record: Record) -> bool:
+    return comparison.how == record.method and same(comparison.cell.model, record.model)
 
 
 def note(record: Record) -> str:
@@ -209,7 +207,7 @@ def kept(setting: Setting, comparison: Comparison) -> Table:
     """What explains the difference in the bytes kept for the backward pass: counted, not fitted."""
     from results.dropout import kept_bytes
 
-    record = next(r for r in setting.records if _is(comparison.cell.model, r.method, r))
+    record = next(r for r in setting.records if same(comparison.cell.model, r.model))
     theirs = comparison.cell.number
     assert theirs is not None
     rows = [

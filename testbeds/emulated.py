@@ -7,6 +7,7 @@ from pathlib import Path
 from harness import datasets, engine, models
 from harness.costs import Costs
 from harness.engine import Execution
+from harness.errors import Unsupported
 from harness.plan import Plan
 from harness.workload import Workload
 from testbeds.library import Testbed
@@ -14,4 +15,6 @@ from testbeds.library import Testbed
 
 def execute(plan: Plan, workload: Workload, costs: Costs, testbed: Testbed, data_dir: Path | None = None) -> Execution:
     """Real model, real data, real optimizer. Raises Unsupported for a plan of several devices."""
+    if len(plan.devices) > 1:
+        raise Unsupported(f"the plan uses {len(plan.devices)} devices, and emulated mode runs one until it has a transport")
     return engine.execute(plan, workload, models.build(workload), datasets.load(workload, data_dir))

@@ -66,8 +66,9 @@ class Combine:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The optimizer's update: gradients, weights and optimizer state to the next version of the weights, in place."""
+    """The optimizer's update of the units [units[0], units[1]): weights and state to their next version, in place."""
 
+    units: Range
     gradients: tuple[Value, ...]
     reads: tuple[Value, ...]
     writes: tuple[Value, ...]

@@ -26,7 +26,7 @@ one micro-batch of two rows:
           "weights": ["weights"]},
          {"do": "compute", "units": "0:1", "direction": "backward", "micro_batch": 0, "rows": "0:2",
           "weights": ["weights"], "accumulates": ["gradients"]},
-         {"do": "step", "gradients": ["gradients"], "reads": ["weights"], "writes": ["weights.v1"]},
+         {"do": "step", "units": "0:1", "gradients": ["gradients"], "reads": ["weights"], "writes": ["weights.v1"]},
          {"do": "free", "values": ["gradients"]}
         ]
        }

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from harness.costs import BACKWARD, DIRECTIONS, FORWARD, Costs
+from harness.costs import BACKWARD, DIRECTIONS, FORWARD, UPDATE, Costs
 from harness.models import build
 from harness.models.layered import Layered, Unit
+from harness.optimizers import optimizer_for
 from harness.profile import store
 from harness.workload import Workload
 
@@ -42,32 +43,39 @@ def measured(workload: Workload, costs: Costs, batch_of: Batches, rows: Sequence
     `batch_of(rows)` gives the tensors of that many samples by name, labels included. Measured once per machine,
     number of threads and content, then read from the cache beside the counted costs.
     """
-    asked = {"host": fingerprint(), "rows": list(rows), "repeats": repeats}
+    asked = {"host": fingerprint(), "optimizer": workload.optimizer, "rows": list(rows), "repeats": repeats}
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
     path = store.folder() / f"{costs.key}-{digest}.json"
     seconds = store.read(path, store.seconds_from_dict)
     if seconds is None:
-        seconds = measure_units(build(workload), batch_of, rows, repeats)
+        layered = build(workload)
+        optimizer = None
+        if workload.training:
+            optimizer = optimizer_for(workload, [p for p in layered.root.parameters() if p.requires_grad])
+        seconds = measure_units(layered, optimizer, batch_of, rows, repeats)
         store.write(path, seconds)
     return replace(costs, measured={**costs.measured, LOCAL: seconds})
 
 
-def measure_units(layered: Layered, batch_of: Batches, rows: Sequence[int], repeats: int) -> store.Seconds:
+def measure_units(
+    layered: Layered, optimizer: torch.optim.Optimizer | None, batch_of: Batches, rows: Sequence[int], repeats: int
+) -> store.Seconds:
     """Seconds of each unit (the chain, then the local units) per direction, as ((rows, seconds), ...).
 
     Medians of `repeats` iterations of forward and backward, or of forward alone for a model in eval mode, scaled to
-    add up to the median of as many plain iterations. Nothing is updated; gradients are dropped after every iteration.
+    add up to the median of as many plain iterations. `layered` is trained on the way, if there is an optimizer.
     """
     names = [unit.name for unit in (*layered.units, *layered.local_units)]
+    updates: list[float] = []
     points: dict[str, list[list[tuple[int, float]]]] = {direction: [[] for _ in names] for direction in DIRECTIONS}
     for count in sorted(rows):
         batch = batch_of(count)
         plain: list[dict[str, Span]] = []
         stamped: list[dict[str, dict[str, float]]] = []
         for _ in range(WARM_UPS + repeats):
-            plain.append(_iteration(layered, batch, count))
+            plain.append(_iteration(layered, batch, count, optimizer))
             stamped.append(_stamped_iteration(layered, batch, count))
-        for direction in plain[0]:
+        for direction in plain[0].keys() & set(DIRECTIONS):
             whole = statistics.median(run[direction][1] - run[direction][0] for run in plain[WARM_UPS:])
             parts = [statistics.median(run[direction].get(name, 0.0) for run in stamped[WARM_UPS:]) for name in names]
             for unit, seconds in zip(points[direction], parts, strict=True):
@@ -75,11 +83,28 @@ def measure_units(layered: Layered, batch_of: Batches, rows: Sequence[int], repe
         if BACKWARD not in plain[0]:
             for unit in points[BACKWARD]:
                 unit.append((count, 0.0))
-    return {direction: tuple(tuple(unit) for unit in points[direction]) for direction in DIRECTIONS}
+        updates += [run[UPDATE][1] - run[UPDATE][0] for run in plain[WARM_UPS:] if UPDATE in run]
+    table = {direction: tuple(tuple(unit) for unit in points[direction]) for direction in DIRECTIONS}
+    if updates:
+        table[UPDATE] = _shared_by_weights(layered, statistics.median(updates))
+    return table
 
 
-def _iteration(layered: Layered, batch: Mapping[str, Tensor], rows: int) -> dict[str, Span]:
-    """When each direction began and ended."""
+def _shared_by_weights(layered: Layered, seconds: float) -> tuple[tuple[tuple[int, float], ...], ...]:
+    """An update's time, shared out among the units by the number of tensors they have to update."""
+    counts = []
+    seen: set[int] = set()
+    for unit in (*layered.units, *layered.local_units):
+        own = {id(p) for p in unit.parameters() if p.requires_grad} - seen
+        seen |= own
+        counts.append(len(own))
+    return tuple(((1, seconds * count / len(seen)),) for count in counts)
+
+
+def _iteration(
+    layered: Layered, batch: Mapping[str, Tensor], rows: int, optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, Span]:
+    """When each direction, and the update, began and ended."""
     training = layered.root.training
     with torch.set_grad_enabled(training):
         began = perf_counter()
@@ -90,6 +115,11 @@ def _iteration(layered: Layered, batch: Mapping[str, Tensor], rows: int) -> dict
         began = perf_counter()
         loss.backward()
         spans[BACKWARD] = (began, perf_counter())
+        if optimizer is not None:
+            began = perf_counter()
+            optimizer.step()
+            layered.root.zero_grad(set_to_none=True)
+            spans[UPDATE] = (began, perf_counter())
         layered.root.zero_grad(set_to_none=True)
     return spans
 

@@ -70,7 +70,7 @@ actions = st.one_of(
     st.builds(Send, values(), peers),
     st.builds(Recv, values(), peers),
     st.builds(Combine, st.sampled_from(("sum", "concat", "slice")), tuples, values(), st.booleans()),
-    st.builds(Step, tuples, tuples, tuples),
+    st.builds(Step, ranges, tuples, tuples, tuples),
     st.builds(Load, values()),
     st.builds(Store, values()),
     st.builds(Free, tuples),
@@ -142,7 +142,7 @@ def test_the_documented_example_means_what_it_says() -> None:
     weights, gradients = Value("weights"), Value("gradients")
     forward = Compute((0, 1), "forward", 0, (0, 2), (weights,))
     backward = Compute((0, 1), "backward", 0, (0, 2), (weights,), accumulates=(gradients,))
-    step = Step((gradients,), (weights,), (weights._replace(version=1),))
+    step = Step((0, 1), (gradients,), (weights,), (weights._replace(version=1),))
     phase = Phase(
         name="train",
         micro_batches=(2,),
@@ -259,6 +259,7 @@ def test_a_name_that_would_be_read_differently_is_not_written(name: str) -> None
         to_json(plan)
 
 
+@pytest.mark.benchmark
 def test_ten_thousand_actions_are_read_in_half_a_second() -> None:
     def compute(index: int, direction: str) -> Compute:
         hidden = Value("hidden@1", index, (0, 4))

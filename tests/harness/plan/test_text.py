@@ -60,7 +60,7 @@ def plan_of(actions: tuple[Action, ...], num_devices: int = 1) -> Plan:
             Collective("all-reduce", GRADIENTS, GRADIENTS._replace(version=1), ("device0", "device1", "device2")),
             "all-reduce gradients@0:12 4 KiB (device0, device1, device2)",
         ),
-        (Step((GRADIENTS,), (WEIGHTS,), (WEIGHTS._replace(version=1),)), "step weights@0:12.v1"),
+        (Step((0, 12), (GRADIENTS,), (WEIGHTS,), (WEIGHTS._replace(version=1),)), "step weights@0:12.v1"),
         (Combine("sum", (), GRADIENTS), "sum of nothing -> gradients@0:12"),
         (Combine("concat", (HIDDEN, HIDDEN), HIDDEN, True), f"concat {HIDDEN} + {HIDDEN} -> {HIDDEN} in place"),
         (Load(WEIGHTS), "load weights@0:12 4 KiB"),

@@ -16,7 +16,7 @@ from harness.errors import OrreryError
 from harness.models import build, entry
 from harness.models.layered import Layered, Unit
 from harness.profile import counting
-from harness.profile.counting import count_units
+from harness.profile.counting import batch_spec, count_units
 from harness.workload import Workload
 from tests.harness.profile.tiny import IMAGE, TEXT, batch, workload
 
@@ -202,3 +202,11 @@ def test_t5_base_equals_torchs_count_of_the_uncut_model() -> None:
         inputs = {"input_ids": tokens, "attention_mask": tokens, "decoder_input_ids": tokens[:, :1]}
         oracle = uncut_flops(lambda **values: functional_call(layered.root, weights, (), values), inputs)
     assert flops(costs, 16) == oracle
+
+
+@pytest.mark.parametrize("model", ["t5-tiny", "bert-tiny", "resnet-tiny"])
+def test_inputs_are_as_the_data_set_makes_them(model: str) -> None:
+    load = workload(model)
+    values = batch(load, 3)
+    for name in (*build(load, "meta").inputs, "labels"):
+        assert batch_spec(name, load, 3)[:2] == (values[name].shape, values[name].dtype), name

@@ -30,6 +30,7 @@ def iteration(layered: Layered, values: Mapping[str, Tensor], rows: int) -> floa
     return seconds
 
 
+@pytest.mark.benchmark  # compares two timings, so nothing else should run beside it
 @pytest.mark.parametrize("model", ["bert-tiny", "resnet-tiny"])
 def test_units_add_up_to_a_plain_iteration(model: str) -> None:
     """The median of several comparisons, each between iterations before and after, for other programs run too."""
@@ -38,7 +39,7 @@ def test_units_add_up_to_a_plain_iteration(model: str) -> None:
     ratios = []
     for _ in range(11):
         plain = [iteration(layered, values, rows) for _ in range(4)]
-        seconds = measure_units(layered, lambda _: values, [rows], repeats=5)
+        seconds = measure_units(layered, None, lambda _: values, [rows], repeats=5)
         plain += [iteration(layered, values, rows) for _ in range(4)]
         units = sum(unit[0][1] for direction in DIRECTIONS for unit in seconds[direction])
         ratios.append(units / median(plain))
@@ -71,7 +72,7 @@ def test_measured_costs_time_a_device(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_inference_has_no_backward_time() -> None:
     load = workload("gpt2-tiny", technique="inference")
-    seconds = measure_units(build(load), lambda rows: batch(load, rows), [2], repeats=1)
+    seconds = measure_units(build(load), None, lambda rows: batch(load, rows), [2], repeats=1)
     assert all(points == ((2, 0.0),) for points in seconds[BACKWARD])
 
 
