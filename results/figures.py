@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 GIB = 2**30
 #: Share of the room between two models that their bars fill, as seaborn draws them.
 BARS = 0.8
+#: What stands behind a number that a line may cross.
+ON_PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
 #: Iterations that one point of the smoothed loss curve averages.
 SMOOTHED = 25
 
@@ -80,7 +82,7 @@ def _bars(setting: Setting, records: Sequence[Record], path: Path, memory: bool)
             x = models.index(row.model) + (methods.index(row.method) - (len(methods) - 1) / 2) * width
             height = row[-1]
             if row.status == "ok":
-                axes.text(x, height, f"{height:.3g}", ha="center", va="bottom", fontsize=7)
+                axes.text(x, height + top * 0.01, f"{height:.3g}", ha="center", va="bottom", fontsize=7, bbox=ON_PAPER)
                 continue
             axes.bar(x, height, width, facecolor="white", edgecolor=palette[row.method], hatch="////", linewidth=1)
             axes.text(x, height + top * 0.015, row.status.upper() if row.status == "oom" else row.status, rotation=90,

@@ -49,6 +49,12 @@ class Cell:
         except ValueError:
             return None
 
+    @property
+    def quantity(self) -> str:
+        """What a person reads: "training time, h"."""
+        name = self.metric.removesuffix(f"_{self.unit.lower()}").replace("_", " ")
+        return f"{name}, {self.unit}" if self.unit else name
+
     def fitted(self, cells: Iterable[str]) -> bool:
         """Whether a constant was fitted to it. A fitted cell is named so: "pac fig8a T5-Base Full forward"."""
         name = f"{self.paper} {self.artefact} {self.model} {self.technique} {self.metric}"

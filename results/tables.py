@@ -67,7 +67,7 @@ def percent(value: float) -> str:
     return f"{value:.1%}"
 
 
-#: Of the table of runs: formats of columns that are no plain numbers, and what its columns mean.
+#: Of the table of runs: formats of columns that are no plain numbers, and what columns mean, without their units.
 RUN_FORMATS: dict[str, Callable[[float], str]] = {
     "idle": percent,
     "network": percent,
@@ -75,8 +75,9 @@ RUN_FORMATS: dict[str, Callable[[float], str]] = {
     "paper, h": str,
 }
 RUN_NOTES = {
-    "peak, MiB": "Peak: most bytes alive at once on the worst device; of a run that did not fit, what it would need.",
-    "energy, kJ": "Energy: of all devices over the run, idle power included; modelled where simulated.",
+    "spread": "Spread: interquartile range of the repeats; every time is their median.",
+    "peak": "Peak: most bytes alive at once on the worst device; of a run that did not fit, what it would need.",
+    "energy": "Energy: of all devices over the run, idle power included; modelled where simulated.",
     "idle": "Idle: share of the run in which a device does not compute, mean over devices.",
     "network": "Network: share of the run in which the busiest network queue of any device works.",
 }
@@ -100,6 +101,7 @@ def runs(setting: Setting, comparisons: Mapping[str, Sequence[Comparison]]) -> T
                 "status": record.status,
                 f"per epoch, {unit}": None if total is None or record.steps else total / record.epochs,
                 f"in all, {unit}": total,
+                f"spread, {unit}": record.iqr["total_time_s"] / seconds if record.iqr else None,
                 "paper, h": next((c.cell.value for c in theirs if _answers(c, record)), None),
                 "samples/s": record.throughput_samples_per_s,
                 "peak, MiB": record.peak_memory_bytes and record.peak_memory_bytes / MIB,
@@ -114,6 +116,7 @@ def runs(setting: Setting, comparisons: Mapping[str, Sequence[Comparison]]) -> T
     one_mode = frame["mode"].nunique() == 1
     frame = frame.drop(columns=[c for c in frame.columns if (frame[c].isna() | (frame[c] == "")).all()])
     texts = ("model", "method", "mode", "status", "note")
+    notes = [RUN_NOTES[name] for name in (column.partition(",")[0] for column in frame.columns) if name in RUN_NOTES]
     formats = {column: RUN_FORMATS.get(column, significant) for column in frame.columns if column not in texts}
     return Table(
         f"{setting.name}-runs",
@@ -121,7 +124,7 @@ def runs(setting: Setting, comparisons: Mapping[str, Sequence[Comparison]]) -> T
         frame.drop(columns="mode") if one_mode else frame,
         formats,
         heads=2,
-        notes=tuple(text for column, text in RUN_NOTES.items() if column in frame),
+        notes=tuple(notes),
     )
 
 
@@ -161,7 +164,7 @@ def beside(paper: Paper, artefact: str, setting: Setting, comparisons: Sequence[
             "model": c.cell.model,
             "technique": c.cell.technique,
             "system": c.cell.system,
-            "quantity": c.cell.metric.replace("_", " "),
+            "quantity": c.cell.quantity,
             "ours from": c.how,
             "paper": c.cell.value,
             "ours": c.ours,

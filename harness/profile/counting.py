@@ -5,10 +5,8 @@ Every unit runs forward and backward once for two row counts; two points make th
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
@@ -21,6 +19,7 @@ from torch.func import functional_call
 
 from harness.costs import Affine, Costs, ParameterCost, TensorCost, UnitCost, Work
 from harness.errors import OrreryError
+from harness.garbage import no_collection
 from harness.models.layered import Layered, Unit
 from harness.profile.signature import structure
 from harness.profile.track import Tracker, storage_id
@@ -75,7 +74,7 @@ def count_units(layered: Layered, workload: Workload, key: str = "") -> Costs:
     layered.root.train(workload.training)
     inputs = (*layered.inputs, *(["labels"] if workload.training else []))
     low, high = ({name: batch_spec(name, workload, rows) for name in inputs} for rows in ROWS)
-    with FakeTensorMode(), _no_collection():
+    with FakeTensorMode(), no_collection():
         weights = {id(t): Spec(tuple(t.shape), t.dtype, t.requires_grad).empty() for t in _state(layered)}
         observed = [_walk(layered, specs, weights, workload.training) for specs in (low, high)]
     names = layered.parameter_names()
@@ -124,18 +123,6 @@ def _units(layered: Layered) -> Iterator[Unit]:
 
 def _state(layered: Layered) -> Iterator[Tensor]:
     return chain(layered.root.parameters(), layered.root.buffers())
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """A garbage collection amid a unit would end storages at a moment of its own choice."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _walk(

@@ -55,6 +55,11 @@ def test_names_of_a_paper_and_ours() -> None:
     assert not papers.same("PA", "PA+cache".lower())
 
 
+def test_quantities_for_people() -> None:
+    quantities = {c.quantity for c in papers.load("pac").cells}
+    assert {"training time, h", "weights, GiB", "forward time per sample, s", "tflop forward, TFLOP"} <= quantities
+
+
 def test_the_paper_of_a_testbed() -> None:
     paper = papers.of_testbed("pac-nano-4")
     assert paper is not None and paper.name == "pac"
