@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from harness.errors import OrreryError
+from harness.errors import Broken, OrreryError, OutOfMemory, Unsupported
 
 if TYPE_CHECKING:
     from harness.experiment import Request
@@ -22,12 +22,12 @@ FAILED = 1
 
 
 class Commands(typer.core.TyperGroup):
-    """An `OrreryError` is one paragraph on standard error and exit code 2."""
+    """What the user can mend or must live with is one paragraph on standard error and exit code 2."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except OrreryError as error:
+        except (OrreryError, OutOfMemory, Unsupported, Broken) as error:
             print(f"orrery: {error}", file=sys.stderr)
             raise typer.Exit(REFUSED) from error
 
@@ -158,20 +158,19 @@ def plan(
 
     (request,) = _flags(ctx)
     costs, made = runner.make_plan(request)
-    print(serial.to_json(made) if as_json else describe(made), end="")
-    if picture is None and trace is None:
-        return
-    from harness.picture import gantt
-    from harness.simulator import simulate
-    from harness.trace_export import write_chrome_trace
+    if picture is not None or trace is not None:
+        from harness.picture import gantt
+        from harness.simulator import simulate
+        from harness.trace_export import write_chrome_trace
 
-    cluster = request.testbed.cluster
-    simulated = simulate(made, costs, cluster)
-    if picture is not None:
-        budget = {device.name: device.memory_bytes for device in cluster.devices}
-        gantt(simulated, picture, title=str(request), memory_budget_bytes=budget)
-    if trace is not None:
-        write_chrome_trace(simulated, trace)
+        cluster = request.testbed.cluster
+        simulated = simulate(made, costs, cluster)
+        if picture is not None:
+            budget = {device.name: device.memory_bytes for device in cluster.devices}
+            gantt(simulated, picture, title=str(request), memory_budget_bytes=budget)
+        if trace is not None:
+            write_chrome_trace(simulated, trace)
+    print(serial.to_json(made) if as_json else describe(made), end="")
 
 
 @app.command()

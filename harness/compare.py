@@ -98,12 +98,12 @@ def compare(a: Sequence[Record], b: Sequence[Record]) -> list[Row]:
     if len(a) == len(b) == 1:
         pairs: list[tuple[Record, Record | None]] = [(a[0], b[0])]
     else:
-        others = {_identity(record): record for record in b}
-        pairs = [(record, others.get(_identity(record))) for record in a]
+        others = _by_identity(b, "B")
+        pairs = [(record, others.get(asked)) for asked, record in _by_identity(a, "A").items()]
         if not any(other for _, other in pairs):
             raise OrreryError(
                 f"Not one of the {len(a)} runs of A is among the {len(b)} of B, so nothing can be compared. "
-                f"Runs match where these fields are equal: {', '.join(IDENTITY)}."
+                f"Runs match where these fields are equal: {', '.join(IDENTITY)}, seed."
             )
     return [
         Row(title(left), field, getattr(left, field), getattr(right, field) if right else None)
@@ -118,5 +118,16 @@ def title(record: Record) -> str:
     return " ".join((record.method, record.model, record.technique, record.dataset, record.testbed, record.mode))
 
 
-def _identity(record: Record) -> tuple[str, ...]:
-    return tuple(repr(getattr(record, field)) for field in IDENTITY)
+def _by_identity(records: Sequence[Record], side: str) -> dict[tuple[str, ...], Record]:
+    """Records by what they answer. Which of two answers to one question is meant, only the user knows."""
+    found: dict[tuple[str, ...], Record] = {}
+    for record in records:
+        asked = (*(repr(getattr(record, field)) for field in IDENTITY), str(record.provenance.seed))
+        if asked in found:
+            files = " and ".join(f"runs/{r.provenance.config_hash}.json" for r in (found[asked], record))
+            raise OrreryError(
+                f"{side} holds two answers to one question, {files} ({title(record)}), made by different versions of "
+                "the code, or of a method or testbed. Remove the one that is out of date, or compare record files."
+            )
+        found[asked] = record
+    return found

@@ -5,10 +5,12 @@ Every quantity is affine in the number of rows (samples): `fixed + per_row * row
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 from harness.cluster import OPERATOR_CLASSES, Device
@@ -32,6 +34,9 @@ class Affine(NamedTuple):
     def plus(self, other: Affine) -> Affine:
         return Affine(self.fixed + other.fixed, self.per_row + other.per_row)
 
+    def minus(self, other: Affine) -> Affine:
+        return Affine(self.fixed - other.fixed, self.per_row - other.per_row)
+
 
 class Work(NamedTuple):
     """FLOPs by operator class (one multiply-add is 2) and the number of kernels launched."""
@@ -40,6 +45,12 @@ class Work(NamedTuple):
     conv: Affine = Affine()
     depthwise: Affine = Affine()
     kernels: Affine = Affine()
+
+    def plus(self, other: Work) -> Work:
+        return Work(*(a.plus(b) for a, b in zip(self, other, strict=True)))
+
+    def minus(self, other: Work) -> Work:
+        return Work(*(a.minus(b) for a, b in zip(self, other, strict=True)))
 
     def flops(self, rows: int) -> float:
         return self.matmul.at(rows) + self.conv.at(rows) + self.depthwise.at(rows)
@@ -100,6 +111,9 @@ class UnitCost:
     buffers_bytes: int = 0
     local: bool = False
 
+    def work(self, direction: str) -> Work:
+        return self.forward if direction == FORWARD else self.backward
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -157,20 +171,22 @@ class Costs:
 
     def locals_of(self, first: int, last: int) -> tuple[UnitCost, ...]:
         """Local units that the range [first, last) needs, each once, in the order of `local_units`."""
-        return self._locals(first, last)
+        return tuple(unit for unit, users in self._local_users if bisect_left(users, first) < bisect_left(users, last))
 
-    def _locals(self, first: int, last: int) -> tuple[UnitCost, ...]:
-        cache: dict[tuple[int, int], tuple[UnitCost, ...]] = self.__dict__.setdefault("_locals_cache", {})
-        if (first, last) not in cache:
+    @cached_property
+    def _local_users(self) -> tuple[tuple[UnitCost, list[int]], ...]:
+        """Each local unit with the chain units that need it, directly or through other local units."""
+        users: dict[str, list[int]] = {unit.name: [] for unit in self.local_units}
+        for index, unit in enumerate(self.units):
             wanted: set[str] = set()
-            todo = [t for unit in self.units[first:last] for t in unit.reads]
+            todo = list(unit.reads)
             while todo:
-                unit = self._local_writer.get(todo.pop())
-                if unit is not None and unit.name not in wanted:
-                    wanted.add(unit.name)
-                    todo.extend(unit.reads)
-            cache[first, last] = tuple(u for u in self.local_units if u.name in wanted)
-        return cache[first, last]
+                local = self._local_writer.get(todo.pop())
+                if local is not None and local.name not in wanted:
+                    wanted.add(local.name)
+                    users[local.name].append(index)
+                    todo.extend(local.reads)
+        return tuple((unit, users[unit.name]) for unit in self.local_units)
 
     def executed(self, first: int, last: int) -> Iterator[UnitCost]:
         """The units a device runs for the range: its local units, then the chain."""
@@ -185,11 +201,19 @@ class Costs:
         return tuple(names)
 
     def work(self, first: int, last: int, direction: str) -> Work:
-        total = Work()
-        for unit in self.executed(first, last):
-            work = unit.forward if direction == FORWARD else unit.backward
-            total = Work(*(a.plus(b) for a, b in zip(total, work, strict=True)))
+        sums = self._work_before[direction]
+        total = sums[last].minus(sums[first])
+        for unit in self.locals_of(first, last):
+            total = total.plus(unit.work(direction))
         return total
+
+    @cached_property
+    def _work_before(self) -> dict[str, list[Work]]:
+        """Per direction: the work of the chain in front of each unit."""
+        return {
+            direction: list(accumulate((unit.work(direction) for unit in self.units), Work.plus, initial=Work()))
+            for direction in DIRECTIONS
+        }
 
     def saved(self, first: int, last: int) -> Affine:
         """Bytes kept between forward and backward of the range, without the tensors that enter it."""

@@ -29,6 +29,10 @@ class Unsupported(Exception):
     """A method can't express this workload on this cluster. Becomes a row with status `unsupported`."""
 
 
+class Broken(Exception):
+    """A method's own code broke while it planned. Becomes a row with status `failed`."""
+
+
 def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> OrreryError:
     """The error for a name that is not in the library, with the nearest names that are."""
     allowed = sorted(allowed)

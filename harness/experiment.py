@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 
 from harness import datasets, models, provenance, registry
 from harness.errors import OrreryError, unknown_name
+from harness.plain import A_NAME, is_name, is_plain
 from harness.records import SCHEMA_VERSION
 from harness.registry import Method, Testbed
 from harness.workload import Workload
@@ -66,6 +67,7 @@ DEFAULT_DATASETS = {"text": "mrpc", "image": "digits"}
 DEFAULT_BATCH_SIZE = 16
 #: Runs in this mode read no data, and repeating one gives the same bytes.
 COMPUTED = "simulated"
+MOST_REPEATS = 1000
 CONTRADICTIONS = ((("workload", "epochs"), ("workload", "steps")), (("run", "method"), ("run", "plan")))
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
@@ -112,8 +114,8 @@ def read(path: Path) -> list[Request]:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise OrreryError(f"The experiment {path} can't be read: {error.strerror or error}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise OrreryError(f"The experiment {path} is not valid TOML: {error}.") from error
+    except (ValueError, RecursionError) as error:  # also of text that is no UTF-8, and numbers of too many digits
+        raise OrreryError(f"The experiment {path} is not valid TOML: {error}. Mend the file and try again.") from error
     return expand(tables, str(path))
 
 
@@ -139,7 +141,7 @@ def toml_value(text: str) -> object:
     """A value as TOML reads it (`false`, `4`, `[1, 2]`), or the text itself where it is none."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -153,14 +155,15 @@ def _check(tables: Mapping[str, Any], source: str) -> None:
             for method, options in table.items():
                 if not isinstance(options, Mapping):
                     _refuse(source, f"options.{method}", f"is {options!r}", "Allowed is a table: [options.METHOD]")
+                for option, value in options.items():
+                    _check_values(source, f"options.{method}.{option}", value)
             continue
         for key, value in table.items():
             if key not in KEYS[section]:
                 raise OrreryError(f"In {source}: {unknown_name(f'key in [{section}]', key, KEYS[section])}")
+            _check_values(source, f"{section}.{key}", value)
             for one in value if isinstance(value, list) else [value]:
                 _check_type(source, f"{section}.{key}", one, KEYS[section][key])
-            if value == []:
-                _refuse(source, f"{section}.{key}", "is an empty list", "Allowed is at least one value")
     for (section, key), (other_section, other) in CONTRADICTIONS:
         if key in tables.get(section, {}) and other in tables.get(other_section, {}):
             both = f"{section}.{key} and {other_section}.{other}"
@@ -171,6 +174,17 @@ def _check(tables: Mapping[str, Any], source: str) -> None:
         section, key = name.split(".")
         if key not in tables.get(section, {}):
             _refuse(source, name, "is missing", f"It must name a {key}; `orrery list` shows which there are")
+
+
+def _check_values(source: str, name: str, value: object) -> None:
+    """Values that a record can't hold, such as nan or a date, and texts that are no name of anything."""
+    if value == []:
+        _refuse(source, name, "is an empty list", "Allowed is at least one value")
+    for one in value if isinstance(value, list) else [value]:
+        if not is_plain(one):
+            _refuse(source, name, f"is {one!r}", "Allowed are finite numbers, Unicode texts, true and false")
+        if isinstance(one, str) and not is_name(one):
+            _refuse(source, name, f"is {one!r}", f"Allowed is {A_NAME}")
 
 
 def _check_type(source: str, name: str, value: object, wanted: type) -> None:
@@ -219,6 +233,9 @@ def _requests(workload: Workload, run: Mapping[str, Any], options: Mapping[str, 
     mode = run.get("mode", "simulated")
     if mode not in registry.MODES:
         raise unknown_name("mode", mode, registry.MODES)
+    repeats = run.get("repeats", 1)
+    if not 1 <= repeats <= MOST_REPEATS:
+        raise OrreryError(f"repeats is {repeats}; it must be at least 1, and at most {MOST_REPEATS}.")
     computed = mode == COMPUTED
     for chosen in _product(options.get(method.name, {})):
         yield Request(
@@ -227,7 +244,7 @@ def _requests(workload: Workload, run: Mapping[str, Any], options: Mapping[str, 
             workload=workload,
             testbed=testbed,
             mode=mode,
-            repeats=1 if computed else run.get("repeats", 1),
+            repeats=1 if computed else repeats,
             data_dir=None if computed or "data_dir" not in run else Path(run["data_dir"]).expanduser(),
         )
 
@@ -239,8 +256,11 @@ def planned(path: Path) -> Method:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise OrreryError(f"The plan {path} can't be read: {error}.") from error
+        reason = getattr(error, "strerror", None) or error
+        raise OrreryError(f"The plan {path} can't be read: {reason}. Name a file of `orrery plan --json`.") from error
     plan = serial.from_json(text, str(path))
+    if not is_name(plan.method):
+        raise OrreryError(f"{path}: method is {plan.method!r}; allowed is {A_NAME}.")
     return Method(plan.method, {}, lambda *_: plan, hashlib.sha256(text.encode()).hexdigest())
 
 

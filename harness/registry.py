@@ -6,6 +6,7 @@ Listing reads file names and docstrings only, so that it is fast and a broken me
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -22,6 +23,7 @@ from typing import Any, Protocol
 from harness.cluster import Cluster
 from harness.costs import Costs
 from harness.errors import OrreryError, unknown_name
+from harness.plain import is_plain
 from harness.plan import Plan
 from harness.workload import Workload
 
@@ -120,8 +122,9 @@ def load_method(name: str) -> Method:
     if name not in found:
         raise unknown_name("method", name, found)
     try:
-        module = importlib.import_module(found[name].module)
-    except Exception as error:
+        with contextlib.redirect_stdout(sys.stderr):
+            module = importlib.import_module(found[name].module)
+    except (Exception, SystemExit) as error:
         raise OrreryError(
             f"The method {name} can't be imported from {found[name].module}: {type(error).__name__}: {error}. "
             "`orrery list systems --check` and `orrery list baselines --check` show which methods are broken."
@@ -138,8 +141,9 @@ def _load_file(path: Path) -> Method:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        with contextlib.redirect_stdout(sys.stderr):
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise OrreryError(f"The method file {path} can't be imported: {type(error).__name__}: {error}.") from error
     return _method(method_name(path), module, str(path), hashlib.sha256(path.read_bytes()).hexdigest())
@@ -152,6 +156,12 @@ def _method(name: str, module: ModuleType, where: str, digest: str | None = None
             f"{where} is no method: it needs a function `plan(workload, costs, cluster, options)` and a dictionary "
             "`OPTIONS` of option names and default values (it may be empty)."
         )
+    for option, default in options.items():
+        if not isinstance(option, str) or not is_plain(default):
+            raise OrreryError(
+                f"{where}: OPTIONS holds {option!r}: {default!r}. A name must be a text, and a default what a record "
+                "can hold: None, a truth value, a finite number, a text, or lists and dictionaries of these."
+            )
     return Method(name, options, plan, digest)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
-import json
+import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -11,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from harness import datasets, measure, profile, provenance, registry, store
 from harness.costs import Costs
-from harness.errors import OrreryError, OutOfMemory, Unsupported
+from harness.errors import Broken, OrreryError, OutOfMemory, Unsupported
 from harness.experiment import Request, reads_images
+from harness.plain import plain
 from harness.plan import Plan
 from harness.plan.flow import InvalidPlan
 from harness.plan.validate import validate
@@ -38,7 +43,7 @@ def sweep(requests: Sequence[Request], out: Path, force: bool = False) -> Iterat
 
     Input that can't be run raises `OrreryError` where it was asked for alone; among others it is a row.
     """
-    store.prepare(out)
+    store.prepare(out, {request.config_hash for request in requests} if force else ())
     for request in requests:
         stored = None if force else store.finished(out, request.config_hash)
         if stored is not None:
@@ -70,9 +75,15 @@ def run(request: Request) -> Record:
         found.update(status="unsupported", reason=str(error))
     except OrreryError:
         raise
+    except Broken as error:
+        found.update(status="failed", reason=str(error), traceback=traceback.format_exc())
     except Exception as error:
         found.update(status="failed", reason=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
-    return _record(request, found)
+    try:
+        return _record(request, found)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}" for e in error.errors()[:3])
+        return _record(request, {"status": "failed", "reason": f"What was measured makes no record: {wrong}"})
 
 
 def _run(request: Request, found: dict[str, Any]) -> None:
@@ -102,20 +113,47 @@ def make_plan(request: Request, found: dict[str, Any] | None = None) -> tuple[Co
     _shapes_match(request.workload)
     costs = profile_of(request.workload, request.testbed)
     began = time.perf_counter()
-    plan = request.method.plan(request.workload, costs, request.testbed.cluster, request.options)
+    plan = _planned(request, costs)
     seconds = time.perf_counter() - began
-    _must_fit_the_question(plan, costs, request)
     try:
+        _must_fit_the_question(plan, costs, request)
         validate(plan)
+        about = {
+            "planning_time_s": seconds,
+            "plan": plain(dict(plan.summary)),
+            "micro_batch_size": max(max(phase.micro_batches) for phase in plan.phases),
+        }
     except InvalidPlan as error:
         raise OrreryError(f"The plan of {request.method.name} is not valid: {error}.") from error
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # of a plan too malformed to be checked
+        raise OrreryError(
+            f"The plan of {request.method.name} is not valid: checking it ended in {type(error).__name__}: {error}."
+        ) from error
     if found is not None:
-        found.update(
-            planning_time_s=seconds,
-            plan=_plain(dict(plan.summary)),
-            micro_batch_size=max(max(phase.micro_batches) for phase in plan.phases),
-        )
+        found.update(about)
     return costs, plan
+
+
+def _planned(request: Request, costs: Costs) -> Plan:
+    """What the method answers. Its code may be anybody's: it gets copies, and standard output is not for it."""
+    method, cluster = request.method, request.testbed.cluster
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            plan: object = method.plan(request.workload, costs, cluster, copy.deepcopy(dict(request.options)))
+    except (OrreryError, OutOfMemory, Unsupported):
+        raise
+    except (Exception, SystemExit) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise Broken(
+            f"The method {method.name} broke while planning: {type(error).__name__}: {error} "
+            f"({place.filename}, line {place.lineno}). Mend the method, or run another one."
+        ) from error
+    if not isinstance(plan, Plan):
+        raise OrreryError(
+            f"The method {method.name} gave {plan!r:.100} as its plan. Its function `plan` must return a "
+            "harness.plan.Plan."
+        )
+    return plan
 
 
 def profile_of(workload: Workload, testbed: Testbed) -> Costs:
@@ -124,16 +162,19 @@ def profile_of(workload: Workload, testbed: Testbed) -> Costs:
     Times depend on shapes, not on words: what is timed is the synthetic data set in the workload's shape. Image models
     start at two rows, because batch norm can't train on one value per channel.
     """
-    costs = profile.count(workload)
+    accelerators = {device.accelerator for device in testbed.cluster.devices}
+    costs = profile.count(workload, "gpu" if accelerators == {"gpu"} else "cpu")  # a CPU's masks are the larger ones
     if all(device.measured is None for device in testbed.cluster.devices):
         return costs
     from harness.profile.measure import measured
+    from harness.threads import one_thread
 
     size = workload.batch_size
     samples = datasets.load(dataclasses.replace(workload, dataset="synthetic", num_samples=size))
     smallest = 1 if workload.image_size is None else 2
     rows = sorted({size, *(2**power for power in range(size.bit_length()) if smallest <= 2**power < size)})
-    return measured(workload, costs, lambda count: samples.batch(range(count)), rows)
+    with one_thread():
+        return measured(workload, costs, lambda count: samples.batch(range(count)), rows)
 
 
 def _must_fit_the_question(plan: Plan, costs: Costs, request: Request) -> None:
@@ -171,11 +212,6 @@ def _must_fit(trace: Trace, request: Request) -> None:
         raise OutOfMemory(worst.name, trace.peak_bytes[worst.name], worst.memory_bytes, "at the peak of the run")
 
 
-def _plain(value: Any) -> Any:
-    """As JSON gives it back: tuples are lists, keys are texts."""
-    return json.loads(json.dumps(value))
-
-
 def _record(request: Request, found: dict[str, Any]) -> Record:
     workload, testbed = request.workload, request.testbed
     asked = dataclasses.asdict(workload)
@@ -191,14 +227,15 @@ def _record(request: Request, found: dict[str, Any]) -> Record:
         host=provenance.host(),
         devices={device.name: device.profile for device in testbed.cluster.devices},
         assumptions=[
-            AssumedConstant(owner=a.owner, key=a.key, **_plain(dataclasses.asdict(a.constant)))
+            AssumedConstant(owner=a.owner, key=a.key, **plain(dataclasses.asdict(a.constant)))
             for a in testbed.assumptions
         ],
-        traceback=found.pop("traceback", None),
+        traceback=plain(found.pop("traceback", None)),
     )
+    found["reason"] = plain(found.get("reason"))
     return Record(
         method=request.method.name,
-        method_options=_plain(dict(request.options)),
+        method_options=plain(dict(request.options)),
         **{name: asked[name] for name in Record.model_fields if name in asked},
         testbed=testbed.name,
         mode=request.mode,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,11 +24,17 @@ def run_path(out: Path, config_hash: str) -> Path:
     return out / "runs" / f"{config_hash}.json"
 
 
-def prepare(out: Path) -> None:
-    """Make the folder and prove that it can be written, before anything is run for it."""
+def prepare(out: Path, replaced: Container[str] = ()) -> None:
+    """Make the folder, and prove that it can be written and its records be read, before anything is run for it.
+
+    Records of the hashes `replaced` need not be readable: they will be overwritten.
+    """
     probe = out / "runs" / f".probe-{os.getpid()}"
     write_whole(probe, lambda part: part.write_bytes(b"\n"))
     probe.unlink()
+    for path in _paths(out):
+        if path.stem not in replaced:
+            load(path)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -78,7 +84,9 @@ def load(path: Path) -> Record:
     try:
         return Record.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise OrreryError(f"The record {path} can't be read: {error.strerror or error}.") from error
+        raise OrreryError(
+            f"The record {path} can't be read: {error.strerror or error}. Name a record, or a folder of results."
+        ) from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
@@ -100,16 +108,16 @@ def finished(out: Path, config_hash: str) -> Record | None:
 def load_all(out: Path) -> list[Record]:
     """Every record of a results folder, in an order that depends on nothing but what was asked."""
     return sorted(
-        _load_each(out), key=lambda r: (r.testbed, r.mode, r.model, r.dataset, r.technique, r.provenance.config_hash)
+        map(load, _paths(out)),
+        key=lambda r: (r.testbed, r.mode, r.model, r.dataset, r.technique, r.provenance.config_hash),
     )
 
 
-def _load_each(out: Path) -> Iterator[Record]:
+def _paths(out: Path) -> list[Path]:
     folder = out / "runs"
     if not folder.is_dir():
         raise OrreryError(f"There are no results in {out}: it has no folder `runs`. Name the --out of a run.")
-    for path in sorted(folder.glob("*.json")):
-        yield load(path)
+    return sorted(folder.glob("*.json"))
 
 
 def table(out: Path) -> pd.DataFrame:

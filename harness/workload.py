@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from harness.errors import OrreryError, unknown_name
@@ -10,6 +11,12 @@ TECHNIQUES = ("full", "inference")
 OPTIMIZERS = ("sgd", "sgd-momentum", "adamw")
 #: Optimizer state, in copies of the trainable weights.
 OPTIMIZER_STATE_COPIES = {"sgd": 0, "sgd-momentum": 1, "adamw": 2}
+#: Bounds that keep every count of bytes and samples within 64 bits, and a program of batches within memory.
+MOST, MOST_EPOCHS, MOST_SEED = 10**9, 10**5, 2**63 - 1
+WHOLE_NUMBERS = (
+    *("batch_size", "seq_len", "decoder_seq_len", "image_size", "num_channels", "num_labels", "num_samples"),
+    *("epochs", "steps"),
+)
 
 
 @dataclass(frozen=True)
@@ -46,17 +53,27 @@ class Workload:
             raise unknown_name("technique", self.technique, TECHNIQUES)
         if self.optimizer not in OPTIMIZERS:
             raise unknown_name("optimizer", self.optimizer, OPTIMIZERS)
-        for field in ("batch_size", "epochs", "num_samples", "decoder_seq_len"):
-            if getattr(self, field) < 1:
-                raise OrreryError(f"{field} is {getattr(self, field)}; it must be at least 1.")
-        if self.seq_len is not None and self.seq_len < 1:
-            raise OrreryError(f"seq_len is {self.seq_len}; it must be at least 1.")
-        if self.steps is not None and self.steps < 1:
-            raise OrreryError(f"steps is {self.steps}; it must be at least 1.")
+        for field in WHOLE_NUMBERS:
+            value = getattr(self, field)
+            if value is not None and not 1 <= value <= MOST:
+                raise OrreryError(f"{field} is {value}; it must be at least 1, and at most {MOST}.")
+        if not 0 <= self.seed <= MOST_SEED:
+            raise OrreryError(f"seed is {self.seed}; it must be at least 0, and at most {MOST_SEED}.")
+        if not 0 < self.learning_rate < math.inf:
+            raise OrreryError(f"learning_rate is {self.learning_rate}; it must be a number above 0.")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise OrreryError(f"dropout is {self.dropout}; it must be a probability from 0 to below 1.")
         if self.batch_size > self.num_samples:
             raise OrreryError(
                 f"batch_size {self.batch_size} is larger than the data set {self.dataset} "
                 f"({self.num_samples} samples). Lower --batch-size."
+            )
+        iterations = -(-self.num_samples // self.batch_size)
+        epochs = self.epochs if self.steps is None else -(-self.steps // iterations)
+        if epochs > MOST_EPOCHS:
+            raise OrreryError(
+                f"The run is {epochs} epochs long; it must be at most {MOST_EPOCHS}. Lower epochs or steps; "
+                "the time of a longer run is a multiple of a shorter one's."
             )
 
     @property

@@ -117,15 +117,15 @@ def _counts(paper: Paper, setting: Setting) -> Iterator[Comparison]:
 
 
 @cache
-def _costs(workload: Workload) -> Costs:
+def _costs(workload: Workload, accelerator: str) -> Costs:
     """Read once for all cells of a report."""
-    return profile.count(workload)
+    return profile.count(workload, accelerator)
 
 
 def _count(cell: Cell, workload: Workload, device: Device) -> tuple[float, str] | None:
     """Our value for a cell that can be counted, and how."""
     rows = workload.batch_size
-    costs = _costs(workload)
+    costs = _costs(workload, device.accelerator)
     everything = (0, len(costs.units))
     match cell.artefact, cell.metric:
         case "fig3", "tflop_forward":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+#: No constant of a device or link is smaller or larger, in any unit: beyond them times become infinite.
+SMALLEST, LARGEST = 1e-12, 1e24
 #: "printed": stated in the paper a testbed is taken from. "definition": true because this file says so.
 PROVENANCES = ("datasheet", "measured", "derived", "secondary", "printed", "definition", "assumed", "fitted")
 
@@ -95,8 +96,9 @@ class Table:
 
     def number(self, key: str, allow_zero: bool) -> float:
         value: float = self.take(key, (int, float), "a number")
-        if not math.isfinite(value) or value < 0 or (value == 0 and not allow_zero):
-            raise self.error(key, f"is {value}. It must be a number {'of at least' if allow_zero else 'above'} 0.")
+        if not SMALLEST <= value <= LARGEST and not (value == 0 and allow_zero):
+            least = "of at least" if allow_zero else "above"
+            raise self.error(key, f"is {value}. It must be a number {least} 0, between {SMALLEST:g} and {LARGEST:g}.")
         return value
 
     def constant(self, key: str, allow_zero: bool = False) -> Constant:
@@ -139,7 +141,7 @@ def read(path: Path) -> Table:
         raise OrreryError(f"There is no file {path}.") from None
     except OSError as error:
         raise OrreryError(f"{path} can't be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of text that is no UTF-8, and numbers of too many digits
         raise OrreryError(f"{path} is not valid TOML: {error}. Mend the file and try again.") from error
 
 

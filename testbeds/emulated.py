@@ -9,6 +9,7 @@ from harness.costs import Costs
 from harness.engine import Execution
 from harness.errors import Unsupported
 from harness.plan import Plan
+from harness.threads import one_thread
 from harness.workload import Workload
 from testbeds.library import Testbed
 
@@ -16,5 +17,7 @@ from testbeds.library import Testbed
 def execute(plan: Plan, workload: Workload, costs: Costs, testbed: Testbed, data_dir: Path | None = None) -> Execution:
     """Real model, real data, real optimizer. Raises Unsupported for a plan of several devices."""
     if len(plan.devices) > 1:
-        raise Unsupported(f"the plan uses {len(plan.devices)} devices, and emulated mode runs one until it has a transport")
-    return engine.execute(plan, workload, models.build(workload), datasets.load(workload, data_dir))
+        raise Unsupported(f"the plan uses {len(plan.devices)} devices; without a transport emulated mode runs one")
+    dataset = datasets.load(workload, data_dir)
+    with one_thread():
+        return engine.execute(plan, workload, models.build(workload), dataset)

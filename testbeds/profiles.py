@@ -84,6 +84,7 @@ class DeviceProfile:
             idle_w=self.value("idle_w"),
             load_w=self.value("load_w"),
             measured=self.measured,
+            accelerator=self.accelerator,
         )
 
 
@@ -125,6 +126,9 @@ def _read(path: Path) -> DeviceProfile:
 def _check(profile: DeviceProfile, table: Table) -> None:
     """Refuse constants that contradict each other."""
     known = profile.constants
+    for key, constant in known.items():
+        if key.startswith("efficiency_") and constant.value > 1:
+            raise table.error(key, f"is {constant.value}. It is a fraction of peak_fp32_flops_per_s, at most 1.")
     for operator in OPERATOR_CLASSES:
         key = f"efficiency_{operator}"
         parts = [f"{key}_{direction}" for direction in ("forward", "backward") if f"{key}_{direction}" in known]

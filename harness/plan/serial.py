@@ -51,6 +51,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from harness.costs import DIRECTIONS
 from harness.errors import OrreryError, unknown_name
+from harness.plain import is_plain
 from harness.plan.actions import Action, Collective, Combine, Compute
 from harness.plan.plan import Phase, Plan
 from harness.plan.values import KINDS, Range, Tensor, Value
@@ -200,7 +201,7 @@ class _Reader:
         data = self.parsed(text)
         keys = ("orrery_plan", "method", "num_units", "summary", "tensors", "bodies", "phases")
         self.keys(data, "", keys, required=set(keys) - {"summary"})
-        if data["orrery_plan"] != VERSION:
+        if self.integer(data["orrery_plan"], "orrery_plan") != VERSION:
             self.fail(
                 "orrery_plan", data["orrery_plan"], f"{VERSION}, the version of the format that this Orrery reads"
             )
@@ -221,8 +222,13 @@ class _Reader:
             num_units=self.integer(data["num_units"], "num_units", least=1),
             tensors=self.tensors,
             phases=tuple(phases),
-            summary=self.object(data.get("summary", {}), "summary"),
+            summary=self.summary(data.get("summary", {})),
         )
+
+    def summary(self, data: Any) -> dict[str, Any]:
+        if not is_plain(data):
+            self.fail("summary", data, "an object of finite numbers and Unicode texts")
+        return self.object(data, "summary")
 
     def parsed(self, text: str) -> Any:
         try:
@@ -232,6 +238,8 @@ class _Reader:
                 f"{self.source}, line {error.lineno} column {error.colno}: this is not JSON ({error.msg}). "
                 "Mend the file, or write it again with `orrery plan`."
             ) from error
+        except ValueError as error:
+            raise OrreryError(f"{self.source}: this is not JSON ({error}). Mend the file.") from error
         except RecursionError as error:
             raise OrreryError(f"{self.source}: objects or lists are nested too deeply for a plan.") from error
 
@@ -248,7 +256,7 @@ class _Reader:
         if hint is Value:
             return self.value(data, place)
         if hint is str:
-            return data if isinstance(data, str) else self.fail(place, data, "a text")
+            return data if isinstance(data, str) and is_plain(data) else self.fail(place, data, "a Unicode text")
         if hint is bool:
             return data if isinstance(data, bool) else self.fail(place, data, "true or false")
         if hint is int:

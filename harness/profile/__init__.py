@@ -31,27 +31,28 @@ FIELDS = (
 )
 
 
-def count(workload: Workload) -> Costs:
-    """The workload's costs, from `$XDG_CACHE_HOME/orrery/profiles` if the same content was counted before.
+def count(workload: Workload, accelerator: str = "cpu") -> Costs:
+    """The workload's costs on a "cpu" or a "gpu", from `$XDG_CACHE_HOME/orrery/profiles` if they were counted before.
 
     A cache that is damaged or can't be written gives a warning and is done without, never a wrong result.
     """
-    key = content_key(workload)
+    key = content_key(workload, accelerator)
     path = store.folder() / f"{key}.json"
     costs = store.read(path, store.from_dict)
     if costs is None:
         from harness.models import build
         from harness.profile.counting import count_units
 
-        costs = count_units(build(workload, device="meta"), workload, key)
+        costs = count_units(build(workload, device="meta"), workload, key, accelerator)
         store.write(path, store.to_dict(costs))
     return costs
 
 
-def content_key(workload: Workload) -> str:
+def content_key(workload: Workload, accelerator: str = "cpu") -> str:
     """A digest of all that the costs depend on: workload, model, checkpoint, our code, torch and transformers."""
     content = {
         "workload": {field: getattr(workload, field) for field in FIELDS},
+        "accelerator": accelerator,
         "model": asdict(entry(workload.model)),
         "checkpoint": _checkpoint_config(workload.checkpoint),
         "code": _code_digest(),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
+from torch.nn import functional
 
 from harness.costs import Affine, Costs, ParameterCost, TensorCost, UnitCost, Work
 from harness.errors import OrreryError
@@ -65,16 +67,17 @@ class Observation:
     outputs: tuple[Spec, ...]
 
 
-def count_units(layered: Layered, workload: Workload, key: str = "") -> Costs:
+def count_units(layered: Layered, workload: Workload, key: str = "", accelerator: str = "cpu") -> Costs:
     """The costs of a model, which may be on "meta". Puts `layered.root` into the mode of the workload.
 
     Training counts with dropout active, inference without autograd. FLOPs are torch's: one multiply-add is 2.
+    `accelerator` "gpu" counts dropout as torch's GPU kernel does it.
     Raises OrreryError for a unit that writes a view of another tensor, or an input of unknown shape.
     """
     layered.root.train(workload.training)
     inputs = (*layered.inputs, *(["labels"] if workload.training else []))
     low, high = ({name: batch_spec(name, workload, rows) for name in inputs} for rows in ROWS)
-    with FakeTensorMode(), no_collection():
+    with FakeTensorMode(), no_collection(), _fused_dropout() if accelerator == "gpu" else nullcontext():
         weights = {id(t): Spec(tuple(t.shape), t.dtype, t.requires_grad).empty() for t in _state(layered)}
         observed = [_walk(layered, specs, weights, workload.training) for specs in (low, high)]
     names = layered.parameter_names()
@@ -91,6 +94,26 @@ def count_units(layered: Layered, workload: Workload, key: str = "") -> Costs:
         inputs=inputs,
         training=workload.training,
     )
+
+
+@contextmanager
+def _fused_dropout() -> Iterator[None]:
+    """Dropout by one kernel that keeps a mask of a byte an element, as torch has it for GPUs (`native_dropout`).
+
+    On a CPU torch multiplies with a mask of the input's type, and keeps that (ATen/native/Dropout.cpp).
+    """
+    plain = functional.dropout
+
+    def fused(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training or p == 0 or inplace:
+            return plain(input, p, training, inplace)
+        return torch.native_dropout(input, p, True)[0]
+
+    functional.dropout = fused
+    try:
+        yield
+    finally:
+        functional.dropout = plain
 
 
 def batch_spec(name: str, workload: Workload, rows: int) -> Spec:

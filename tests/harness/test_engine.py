@@ -13,6 +13,7 @@ from baselines import standalone
 from harness import datasets, engine, models, profile
 from harness.datasets import sample_order
 from harness.simulator import simulate
+from harness.threads import one_thread
 from harness.workload import Workload
 from tests.harness.toys import cluster
 
@@ -44,11 +45,9 @@ IMAGES = Workload(
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def single_thread():
+    with one_thread():
+        yield
 
 
 def plan_for(workload: Workload, micro_batch_size: int | None = None):

@@ -163,7 +163,8 @@ def test_impossible_combinations_are_rows(changed: dict[str, Any], reason: str) 
 
 def test_what_breaks_is_a_row_with_the_traceback(tmp_path: Path) -> None:
     record = runner.run(request(method=method_file(tmp_path, "raise ZeroDivisionError('by zero')")))
-    assert (record.status, record.reason) == ("failed", "ZeroDivisionError: by zero")
+    assert record.status == "failed"
+    assert record.reason is not None and "ZeroDivisionError: by zero" in record.reason and "mine.py" in record.reason
     assert record.provenance.traceback is not None
     assert "mine.py" in record.provenance.traceback
     with pytest.raises(KeyboardInterrupt):

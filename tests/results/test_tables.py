@@ -123,14 +123,13 @@ def test_simulated_beside_real(by_testbed: dict[str, Setting], records: list[Rec
 
 
 def test_dropout_masks_explain_part_of_what_is_kept() -> None:
-    """bert-tiny, one row of 8 tokens: masks of the embeddings, and per layer of scores, output and MLP; the pooled."""
-    from results.dropout import kept_bytes, mask_elements
+    """bert-tiny, 3 rows of 8 tokens: masks of the embeddings, and per layer of scores, output and MLP; the pooled."""
+    from results.dropout import kept_bytes
 
     workload = Workload(model="bert-tiny", dataset="mrpc", num_samples=3, batch_size=3, seq_len=8)
     width, heads, layers = 64, 4, 4
     elements = 3 * (8 * width + layers * (heads * 8 * 8 + 2 * 8 * width) + width)
-    assert mask_elements(workload) == elements
-    on_cpu, on_gpu, without, _ = kept_bytes(workload).values()
+    on_gpu, on_cpu, without, _ = kept_bytes(workload).values()
     assert on_cpu - on_gpu == 3 * elements
     assert without < on_gpu
 
