@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,6 +32,11 @@ class Commands(typer.core.TyperGroup):
             return super().invoke(ctx)
         except (OrreryError, OutOfMemory, Unsupported, Broken) as error:
             print(f"orrery: {error}", file=sys.stderr)
+            raise typer.Exit(REFUSED) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of our output has seen enough
+                raise
+            print(f"orrery: {error}. Free some space, or mend what is in the way.", file=sys.stderr)
             raise typer.Exit(REFUSED) from error
 
 
@@ -310,4 +318,10 @@ def _options(settings: Iterable[str]) -> dict[str, dict[str, object]]:
 
 
 def main() -> None:
+    """The command on the process's own streams: results are UTF-8 in every locale, and a closed stream swallows."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     app()

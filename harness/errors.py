@@ -30,7 +30,7 @@ class Unsupported(Exception):
 
 
 class Broken(Exception):
-    """A method's own code broke while it planned. Becomes a row with status `failed`."""
+    """A method broke while it planned, or made what can't even be checked. Becomes a row with status `failed`."""
 
 
 def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> OrreryError:

@@ -43,16 +43,19 @@ class Ledger:
         """
         rows: list[tuple[int, int, int, int]] = []
         live = [np.zeros(len(KINDS), dtype=np.int64) for _ in self._devices]
+        left = [np.zeros(len(KINDS), dtype=np.int64) for _ in self._devices]
         began = self._began(graph, start)
         for entry in graph.allocations:
-            kind = _KIND_INDEX[entry.kind]
+            device, kind = entry.device, _KIND_INDEX[entry.kind]
             if entry.taken < 0:
-                live[entry.device][kind] += entry.nbytes
-                continue
-            taken = end[entry.taken] if entry.at_end else start[entry.taken]
-            rows.append((taken, entry.device, kind, entry.nbytes))
-            if entry.released is not None:
-                rows.append((max(end[n] for n in entry.released), entry.device, kind, -entry.nbytes))
+                live[device][kind] += entry.nbytes
+            else:
+                rows.append((end[entry.taken] if entry.at_end else start[entry.taken], device, kind, entry.nbytes))
+            if entry.released is None:
+                left[device][kind] += entry.nbytes
+            else:
+                released = max((end[node] for node in entry.released if node >= 0), default=began[device])
+                rows.append((released, device, kind, -entry.nbytes))
         for node, parts in workspace.items():
             for kind, nbytes in zip((_KIND_INDEX["activations"], _KIND_INDEX["gradients"]), parts, strict=True):
                 if nbytes:
@@ -61,7 +64,7 @@ class Ledger:
         for device, (before, after) in enumerate(zip(self._live, live, strict=True)):
             for number in np.flatnonzero(before != after).tolist():
                 rows.append((began[device], device, number, int(after[number] - before[number])))
-        self._live = live
+        self._live = left
         if rows:
             self._columns.append(np.array(rows, dtype=np.int64))
 

@@ -117,7 +117,7 @@ def make_plan(request: Request, found: dict[str, Any] | None = None) -> tuple[Co
     seconds = time.perf_counter() - began
     try:
         _must_fit_the_question(plan, costs, request)
-        validate(plan)
+        validate(plan, costs)
         about = {
             "planning_time_s": seconds,
             "plan": plain(dict(plan.summary)),
@@ -125,9 +125,9 @@ def make_plan(request: Request, found: dict[str, Any] | None = None) -> tuple[Co
         }
     except InvalidPlan as error:
         raise OrreryError(f"The plan of {request.method.name} is not valid: {error}.") from error
-    except (LookupError, TypeError, ValueError, AttributeError) as error:  # of a plan too malformed to be checked
-        raise OrreryError(
-            f"The plan of {request.method.name} is not valid: checking it ended in {type(error).__name__}: {error}."
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise Broken(
+            f"The plan of {request.method.name} is too malformed to be checked: {type(error).__name__}: {error}."
         ) from error
     if found is not None:
         found.update(about)

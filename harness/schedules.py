@@ -113,6 +113,12 @@ class Pipeline:
             cache[stage.units, count] = stage.rows(count)
         return cache[stage.units, count]
 
+    def kept_outputs(self, stage: Stage) -> list[str]:
+        """What the stage makes for the next one and itself keeps for its backward pass."""
+        first, last = stage.units
+        kept = self.costs.saves(first, last) if self.costs.training else frozenset()
+        return [name for name in self.costs.carried(last) if name in kept and name not in self.costs.carried(first)]
+
     def groups(self, stage: Stage) -> list[tuple[str, tuple[str, ...], tuple[str, ...]]]:
         """The stage's weights as (suffix of the value names, parameters, devices with a copy), tied ones last."""
         first, last = stage.units
@@ -143,8 +149,9 @@ class Pipeline:
                 tensors[f"buffers@{first}:{last}"] = Tensor("buffers", 1, buffers)
             if costs.training:
                 saved = costs.saved(first, last)
+                values = sum(costs.tensors[name].bytes(1) for name in self.kept_outputs(stage))
                 tensors[f"saved@{first}:{last}"] = Tensor(
-                    "activations", 1, int(saved.per_row), per_row=True, fixed_bytes=int(saved.fixed)
+                    "activations", 1, int(saved.per_row) - values, per_row=True, fixed_bytes=int(saved.fixed)
                 )
             for name in costs.carried(first):
                 cost = costs.tensors[name]
@@ -201,7 +208,8 @@ class _Worker:
         self.trained = tuple(Value(f"weights{s}") for s, _, _ in groups if f"gradients{s}" in tensors)
         self.live = self.weights + self.state + self.buffers
         self.read = {name for unit in self.costs.units[self.first : self.last] for name in unit.reads}
-        self.kept = self.costs.saves(self.first, self.last) if self.costs.training else frozenset()
+        kept = self.costs.saves(self.first, self.last) if self.costs.training else frozenset()
+        self.kept = [*(name for name in self.entering if name in kept), *pipeline.kept_outputs(self.stage)]
 
     def iteration(self, warmup: int) -> Iterator[Action]:
         if not self.costs.training:
@@ -244,7 +252,7 @@ class _Worker:
         return Value(f"saved{self.tag}", m, self.rows[m])
 
     def _held_for_backward(self, m: int) -> tuple[Value, ...]:
-        return tuple(Value(name, m, self.rows[m]) for name in self.entering if name in self.kept)
+        return tuple(Value(name, m, self.rows[m]) for name in self.kept)
 
     def _forward(self, m: int) -> Iterator[Action]:
         if not self._active(m):
@@ -266,10 +274,9 @@ class _Worker:
         if self.behind:
             for name in self.leaving:
                 yield from self._distribute(name, self.behind, m)
-        kept = self._held_for_backward(m)
-        passed = tuple(v for name in self.entering if (v := Value(name, m, rows)) not in kept)
-        if made + passed:
-            yield Free(made + passed)
+        handled = (*made, *(Value(name, m, rows) for name in self.entering))
+        if spent := tuple(value for value in handled if value.name not in self.kept):
+            yield Free(spent)
 
     def _flowing(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if self.costs.tensors[name].needs_grad]

@@ -16,9 +16,10 @@ import numpy as np
 
 from harness.cluster import Cluster
 from harness.costs import Costs
+from harness.errors import OrreryError
 from harness.garbage import no_collection
 from harness.ledger import Ledger
-from harness.plan.actions import NIC_IN, QUEUE_OF, QUEUES, Combine, Compute, Load, Send, Step, Store
+from harness.plan.actions import COMPUTE, NIC_IN, QUEUE_OF, QUEUES, Combine, Compute, Load, Send, Step, Store
 from harness.plan.flow import Graph, link
 from harness.plan.plan import Phase, Plan
 from harness.trace import Event, PhaseTrace, Trace, kind_of, label_of, micro_batch_of
@@ -37,6 +38,11 @@ class _State:
     queue: list[int]
     live: dict[tuple[int, str], int] = field(default_factory=dict)
     medium: dict[str, int] = field(default_factory=dict)
+
+    def wait_for_all(self) -> None:
+        """Nothing begins before everything has ended."""
+        latest = max((*self.queue, *self.live.values()))
+        self.queue = [latest] * len(self.queue)
 
     def shift(self, graph: Graph, media: Sequence[str], by: int) -> None:
         """Move everything that the phase touches later by `by`."""
@@ -101,9 +107,9 @@ def _simulate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
             ledger.add(timed.graph, start, end, timed.workspace)
             if iteration < EVENTS_KEPT and not seen:
                 kept.append(_Kept(timed, number, iteration, start, end))
-            now = max(now, max(end, default=now))
+            now = max(now, max(map(int.__add__, end, timed.latency), default=now))
             iteration_ends.append(now)
-        now = max(now, *(state.queue[q] for q in timed.graph.ends), *state.live.values())
+        now = max((now, *(state.queue[q] for q in timed.graph.ends), *state.live.values()))
         for queue, time in enumerate(timed.busy):
             busy[queue] += time * phase.repeat
         for ends, nbytes in timed.link_bytes.items():
@@ -143,12 +149,13 @@ def _simulate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
 def estimate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
     """Simulate each distinct phase of the plan just once: enough to compare candidate plans."""
     distinct = {id(phase): phase for phase in plan.phases}
-    return simulate(replace(plan, phases=tuple(replace(p, repeat=1) for p in distinct.values())), costs, cluster)
+    once = tuple(replace(phase, repeat=1) for phase in distinct.values())
+    return simulate(replace(plan, phases=once), costs, cluster)
 
 
 def _time(phase: Phase, plan: Plan, costs: Costs, cluster: Cluster) -> _Timed:
     """Link the phase and give every node its duration."""
-    graph = link(phase, plan.tensors)
+    graph = link(phase, plan.tensors, plan.devices)
     devices = [cluster.device(name) for name in graph.devices]
     links = {
         (a, b): cluster.link(graph.devices[a], graph.devices[b])
@@ -184,10 +191,11 @@ def _time(phase: Phase, plan: Plan, costs: Costs, cluster: Cluster) -> _Timed:
         elif isinstance(action, (Load, Store)):
             rate = device.storage_read if isinstance(action, Load) else device.storage_write
             if rate is None:
-                raise ValueError(f"the storage rate of {device.profile} is unknown")
+                raise OrreryError(f"The storage rate of {device.profile} is unknown, and this plan needs it.")
             seconds = nbytes / rate
         timed.duration[node] = time = round(seconds * PICOSECONDS)
-        timed.busy[len(QUEUES) * graph.device[node] + QUEUES.index(QUEUE_OF[type(action)])] += time
+        if node not in graph.unqueued:
+            timed.busy[len(QUEUES) * graph.device[node] + QUEUES.index(QUEUE_OF[type(action)])] += time
     timed.link_bytes.update({(graph.devices[a], graph.devices[b]): nbytes for (a, b), nbytes in sent.items()})
     return timed
 
@@ -198,6 +206,8 @@ def _iterations(timed: _Timed, state: _State) -> Iterator[tuple[int, list[int], 
     history: list[np.ndarray] = []
     left, number = timed.phase.repeat, 0
     while left:
+        if not timed.phase.training:
+            state.wait_for_all()
         start, end = _iteration(timed, state)
         yield number, start, end
         left -= 1
@@ -227,7 +237,9 @@ def _iteration(timed: _Timed, state: _State) -> tuple[list[int], list[int]]:
     for node, device, name in graph.live_readers:
         earliest[node] = max(earliest[node], state.live.get((device, name), 0))
     ready = [node for node, count in enumerate(waits) if count == 0]
-    requests: list[tuple[int, int]] = []
+    # (possible start, when the data was ready, node) of transfers; a receive is issued with its device's iteration.
+    requests: list[tuple[int, int, int]] = []
+    issued = [state.queue[len(QUEUES) * device + QUEUES.index(COMPUTE)] for device in range(len(graph.devices))]
 
     def release(followers: list[int], time: int) -> None:
         for follower in followers:
@@ -241,7 +253,8 @@ def _iteration(timed: _Timed, state: _State) -> tuple[list[int], list[int]]:
         while ready:
             node = ready.pop()
             if peer[node] >= 0:
-                heapq.heappush(requests, (earliest[node], node))
+                begun = max(earliest[node], issued[peer[node]])
+                heapq.heappush(requests, (begun, begun, node))
                 continue
             start[node] = earliest[node]
             end[node] = done = earliest[node] + duration[node]
@@ -249,15 +262,17 @@ def _iteration(timed: _Timed, state: _State) -> tuple[list[int], list[int]]:
             release(then[node], done)
         if not requests:
             break
-        # Nothing else can run, so no request that is still unknown can be ready before this one.
-        _, node = heapq.heappop(requests)
+        # Nothing else can run, so no request that is still unknown can start before the first of these.
+        possible, wanted, node = heapq.heappop(requests)
         port = len(QUEUES) * peer[node] + QUEUES.index(NIC_IN)
-        begun = max(earliest[node], state.queue[port])
-        if node in medium:
-            begun = max(begun, state.medium.get(medium[node], 0))
-            state.medium[medium[node]] = begun + duration[node]
+        begun = max(possible, state.queue[port], state.medium.get(medium[node], 0) if node in medium else 0)
+        if begun > possible:
+            heapq.heappush(requests, (begun, wanted, node))
+            continue
         start[node] = begun
         end[node] = state.queue[port] = done = begun + duration[node]
+        if node in medium:
+            state.medium[medium[node]] = done
         release(behind[node], done)
         release(then[node], done + latency[node])
     for queue, node in graph.ends.items():
@@ -277,7 +292,10 @@ class _Kept:
 
 
 class _Events(Sequence[Event]):
-    """Events in order of their start, made when they are looked at: a million of them cost nothing until then."""
+    """Events in order of their start, made when they are looked at: a million of them cost nothing until then.
+
+    What joins no queue is not among them: the sums of a collective go with its transfers.
+    """
 
     def __init__(self, kept: list[_Kept]) -> None:
         self._kept = kept
@@ -289,6 +307,7 @@ class _Events(Sequence[Event]):
                 (k, node, side)
                 for k, kept in enumerate(self._kept)
                 for node in range(len(kept.start))
+                if node not in kept.timed.graph.unqueued
                 for side in range(1 + (kept.timed.graph.peer[node] >= 0))
             ]
             self._rows.sort(key=lambda row: (self._kept[row[0]].start[row[1]], row))

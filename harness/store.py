@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from harness.errors import OrreryError
-from harness.records import Record, flat
+from harness.records import SCHEMA_VERSION, Record, flat
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,10 +82,10 @@ def save(out: Path, record: Record) -> Path:
 def load(path: Path) -> Record:
     """One record file. A file that is not a whole record of this schema is an `OrreryError` that says so."""
     try:
-        return Record.model_validate_json(path.read_bytes())
+        record = Record.model_validate_json(path.read_bytes())
     except OSError as error:
         raise OrreryError(
-            f"The record {path} can't be read: {error.strerror or error}. Name a record, or a folder of results."
+            f"The record {path} can't be read: {error.strerror or error}. Remove it, or name another record or folder of results."
         ) from error
     except ValidationError as error:
         first = error.errors()[0]
@@ -94,6 +94,12 @@ def load(path: Path) -> Record:
             f"The record {path} is corrupt or of another version of the schema: at {where}: {first['msg']}. "
             "Delete the file and ask for the run again."
         ) from error
+    if record.schema_version != SCHEMA_VERSION:
+        raise OrreryError(
+            f"The record {path} is of version {record.schema_version} of the schema, and this Orrery reads version "
+            f"{SCHEMA_VERSION}. Delete the file and ask for the run again, or choose another folder with --out."
+        )
+    return record
 
 
 def finished(out: Path, config_hash: str) -> Record | None:
@@ -107,8 +113,11 @@ def finished(out: Path, config_hash: str) -> Record | None:
 
 def load_all(out: Path) -> list[Record]:
     """Every record of a results folder, in an order that depends on nothing but what was asked."""
+    paths = _paths(out)
+    if not paths:
+        raise OrreryError(f"There are no results in {out}: its folder `runs` is empty. Name the --out of a run.")
     return sorted(
-        map(load, _paths(out)),
+        map(load, paths),
         key=lambda r: (r.testbed, r.mode, r.model, r.dataset, r.technique, r.provenance.config_hash),
     )
 
@@ -126,5 +135,5 @@ def table(out: Path) -> pd.DataFrame:
 
     frame = pd.DataFrame([flat(record) for record in load_all(out)], columns=list(Record.model_fields))
     write_whole(out / "runs.csv", lambda part: frame.to_csv(part, index=False))
-    write_whole(out / "runs.parquet", lambda part: frame.to_parquet(part, index=False))
+    write_whole(out / "runs.parquet", lambda part: part.write_bytes(frame.to_parquet(index=False)))
     return frame

@@ -3,8 +3,9 @@
 Each action joins one queue of its device (`QUEUE_OF`) in list order and starts when its queue is free and what it
 reads exists. A device sends one value at a time, in list order, and receives one at a time, in the order in which
 the transfers become ready: an input that is there is never held up by one that is still on its way. A receive is
-listed before the first action that reads its value. `Free` and `Commit` join no queue: a value is freed as soon as
-every earlier action of the list that touches it has ended.
+listed before the first action that reads its value, and is issued when its device begins the iteration, which is when
+its compute queue has done with the one before. The sums of a collective join no queue either: they follow the data.
+`Free` and `Commit`: a value is freed as soon as every earlier action of the list that touches it has ended.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from harness.plan.values import Range, Value
 
 COMPUTE, NIC_OUT, NIC_IN, STORAGE = QUEUES = ("compute", "nic-out", "nic-in", "storage")
+COMBINATIONS = ("sum", "concat", "slice")
+COLLECTIVES = ("all-reduce",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ class Recv:
 class Combine:
     """Make one value of several. `op`: "sum" (of nothing: zeros), "concat" or "slice".
 
-    With `in_place` the result takes over the memory of the first value read.
+    With `in_place` the result takes over the memory of the first value read, which is gone.
     """
 
     op: str

@@ -44,7 +44,7 @@ def expand(collective: Collective, member: str, width: int) -> Iterator[Action]:
         if filled[received]:
             arrived = partial(received, step + 1)
             yield Recv(arrived, left)
-            yield Combine("sum", (arrived, own(received)), partial(received, step + 2), in_place=True)
+            yield Combine("sum", (own(received), arrived), partial(received, step + 2), in_place=True)
     for step in range(n - 1):
         sent, received = (rank + 1 - step) % n, (rank - step) % n
         if filled[sent]:

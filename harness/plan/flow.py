@@ -5,10 +5,13 @@ Validator and simulator both read this graph; whatever can't be linked is an inv
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from harness.plan.actions import (
+    COLLECTIVES,
+    COMBINATIONS,
     COMPUTE,
     NIC_IN,
     NIC_OUT,
@@ -58,11 +61,12 @@ class Allocation:
 
 @dataclass
 class Graph:
-    """Nodes are actions; a transfer is one node of two devices. Queue number = 4 * device + queue.
+    """Nodes are actions; a transfer is one node of two devices. Queue number = len(QUEUES) * device + queue.
 
     `then[n]`: nodes that wait for n's result (a transfer's data arrives a latency after its queue is free);
     `behind[n]`: nodes that follow n in a queue. `waits[n]`: how many nodes n waits for.
-    `begins[q]`: first node of queue q, `ends[q]`: its last; `receiving`: queues that take what comes first.
+    `begins[q]`: first node of queue q, `ends[q]`: its last; `receiving`: queues that take what comes first;
+    `unqueued`: nodes of no queue, which start when what they wait for is there.
     `live_readers`: (node, device, value name) that wait for a value carried into the iteration;
     `live_writers[device, name]`: the node that leaves it for the next one.
     `high_water[device]`: most bytes alive if the device took its actions one at a time, in list order.
@@ -79,6 +83,7 @@ class Graph:
     begins: dict[int, int] = field(default_factory=dict)
     ends: dict[int, int] = field(default_factory=dict)
     receiving: set[int] = field(default_factory=set)
+    unqueued: set[int] = field(default_factory=set)
     live_readers: list[tuple[int, int, str]] = field(default_factory=list)
     live_writers: dict[tuple[int, str], int] = field(default_factory=dict)
     allocations: list[Allocation] = field(default_factory=list)
@@ -103,12 +108,12 @@ class _Held:
 class _Device:
     """Walks the action list of one device and adds its nodes to the graph."""
 
-    def __init__(self, builder: _Builder, index: int, name: str, live: tuple[Value, ...]) -> None:
+    def __init__(self, builder: _Builder, index: int, name: str, phase: Phase) -> None:
         self.builder, self.graph, self.index, self.name = builder, builder.graph, index, name
         self.alive: dict[Value, _Held] = {}
-        self.live_names = {value.name for value in live}
+        self.leaves = sorted(value.name for value in phase.leaves_of(name))
         self.bytes = self.most_bytes = 0
-        for value in live:
+        for value in phase.live.get(name, ()):
             self._hold(value, _START)
 
     def fail(self, action: Action, rule: str) -> InvalidPlan:
@@ -150,7 +155,7 @@ class _Device:
 
     def _node(self, action: Action, queue: int, nbytes: int = 0) -> int:
         node = self.builder.add(action, self.index, nbytes)
-        self.builder.enqueue(node, 4 * self.index + queue)
+        self.builder.enqueue(node, len(QUEUES) * self.index + queue)
         return node
 
     def walk(self, action: Action) -> None:
@@ -168,10 +173,15 @@ class _Device:
             case Compute():
                 self._compute(action)
             case Combine():
+                if action.op not in COMBINATIONS:
+                    raise self.fail(action, f"{action.op!r} is none of {', '.join(COMBINATIONS)}")
                 node = self._node(action, _COMPUTE, 0 if action.in_place else self.builder.size(action.write))
                 for value in action.reads:
                     self._link(self._find(value, action), node, value)
-                self._write(action.write, node, action, nbytes=0 if action.in_place and action.reads else None)
+                if action.in_place:
+                    self._take_over(action.reads[0], action.write, node, action)
+                else:
+                    self._write(action.write, node, action)
             case Load() | Store():
                 node = self._node(action, _STORAGE, self.builder.size(action.value))
                 for value in reads(action):
@@ -220,17 +230,18 @@ class _Device:
         for value in reads(action):
             self._link(self._find(value, action), node, value)
         for value in action.writes:
-            self._successor(value, node, action)
+            self._take_over(value._replace(version=value.version - 1), value, node, action)
 
-    def _successor(self, value: Value, node: int, action: Action) -> None:
-        """`value` takes over the memory of the version before it."""
-        previous = value._replace(version=value.version - 1)
-        if previous not in self.alive:
-            raise self.fail(action, f"{value} follows {previous}, which is not there")
-        held = self.alive.pop(previous)
+    def _take_over(self, old: Value, new: Value, node: int, action: Action) -> None:
+        """`new` takes over the memory of `old`, which is gone."""
+        if old not in self.alive:
+            raise self.fail(action, f"{new} is to take the place of {old}, which is not there")
+        if new in self.alive:
+            raise self.fail(action, f"{new} is written twice")
+        held = self.alive.pop(old)
         held.maker = node
         held.touched.append(node)
-        self.alive[value] = held
+        self.alive[new] = held
 
     def _free(self, action: Free) -> None:
         for value in action.values:
@@ -243,14 +254,17 @@ class _Device:
 
     def _collective(self, action: Collective) -> None:
         """The expansion, with its chunks in a scope of their own; the sum replaces the parts in place."""
+        if action.kind not in COLLECTIVES:
+            raise self.fail(action, f"{action.kind!r} is none of {', '.join(COLLECTIVES)}")
         if self.name not in action.group:
             raise self.fail(action, f"{self.name} is not in the group {action.group}")
-        whole = self._find(action.value, action)
+        if strangers := set(action.group) - set(self.builder.index):
+            raise self.fail(action, f"{min(strangers)} of the group is no device of the phase")
+        maker = self._find(action.value, action).maker
         scope: dict[Value, int] = {}
         graph, builder, complete = self.graph, self.builder, -len(action.group)
         tensor = builder.tensor(action.value)
         arrived: Allocation | None = None
-        maker = whole.maker
         last = maker
         for part in expand(action, self.name, tensor.width):
             if isinstance(part, Send):
@@ -267,7 +281,7 @@ class _Device:
             else:
                 assert isinstance(part, Combine)
                 node = builder.add(part, self.index, tensor.bytes(part.write) if part.op == "sum" else 0)
-                builder.enqueue(node, 4 * self.index + _COMPUTE)
+                graph.unqueued.add(node)
                 for value in part.reads:
                     source = scope.get(value, maker)
                     if source == _START:
@@ -280,32 +294,24 @@ class _Device:
                     arrived.released = (node,)
                     self._count(-arrived.nbytes)
                     arrived = None
-        del self.alive[action.value]
-        whole.maker = last
-        whole.touched.append(last)
-        self.alive[action.result] = whole
+        self._take_over(action.value, action.result, last, action)
 
     def finish(self) -> None:
-        """What is alive at the end must be what was alive at the beginning, some versions on."""
-        left = {value for value in self.alive if value.name not in self.live_names}
-        if left:
-            raise InvalidPlan(f"{self.builder.phase}: {self.name}: {min(left)} is never freed")
-        names = [value.name for value in self.alive]
-        gone = self.live_names - set(names)
-        if gone or len(names) != len(self.live_names):
-            raise InvalidPlan(
-                f"{self.builder.phase}: {self.name}: {', '.join(sorted(gone)) or 'a live value'} "
-                "does not outlive the iteration exactly once"
-            )
+        """What is alive at the end must be what the phase leaves, whatever the versions."""
+        found = sorted(value.name for value in self.alive)
+        if found != self.leaves:
+            surplus, gone = Counter(found) - Counter(self.leaves), Counter(self.leaves) - Counter(found)
+            problem = f"{min(surplus)} is never freed" if surplus else f"{min(gone)} does not outlive the iteration"
+            raise InvalidPlan(f"{self.builder.phase}: {self.name}: {problem}")
         for value, held in self.alive.items():
             if held.maker != _START:
                 self.graph.live_writers[self.index, value.name] = held.maker
 
 
 class _Builder:
-    def __init__(self, phase: Phase, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, phase: Phase, tensors: Mapping[str, Tensor], devices: tuple[str, ...]) -> None:
         self.phase, self.tensors = f"phase {phase.name!r}", tensors
-        self.graph = Graph(tuple(phase.actions))
+        self.graph = Graph(devices)
         self.index = {name: i for i, name in enumerate(self.graph.devices)}
         self.halves: dict[tuple[tuple[int, int], Value], tuple[int, bool]] = {}
 
@@ -354,9 +360,9 @@ class _Builder:
                 verb = "sent" if sending else "received"
                 raise side.fail(action, f"{action.value} is {verb} twice without its other end")
         if sending:
-            self.enqueue(node, 4 * ends[0] + _OUT)
+            self.enqueue(node, len(QUEUES) * ends[0] + _OUT)
         else:
-            self.graph.receiving.add(4 * ends[1] + _IN)
+            self.graph.receiving.add(len(QUEUES) * ends[1] + _IN)
         return node
 
     def check_pairs(self) -> None:
@@ -377,12 +383,17 @@ def _is_piece(piece: Value, whole: Value) -> bool:
     return all(b is None or (a is not None and b[0] <= a[0] and a[1] <= b[1]) for a, b in ranges)
 
 
-def link(phase: Phase, tensors: Mapping[str, Tensor]) -> Graph:
-    """The graph of one iteration. Raises InvalidPlan with the reason when the actions can't be linked, or deadlock."""
-    builder = _Builder(phase, tensors)
-    for index, (name, actions) in enumerate(phase.actions.items()):
-        device = _Device(builder, index, name, tuple(phase.live.get(name, ())))
-        for action in actions:
+def link(phase: Phase, tensors: Mapping[str, Tensor], devices: Sequence[str]) -> Graph:
+    """The graph of one iteration, devices numbered as in `devices`, which are the phase's in any order.
+
+    Raises InvalidPlan with the reason when the actions can't be linked, or deadlock.
+    """
+    if set(devices) != set(phase.actions):
+        raise InvalidPlan(f"phase {phase.name!r} has the devices {sorted(phase.actions)}, the plan {sorted(devices)}")
+    builder = _Builder(phase, tensors, tuple(devices))
+    for index, name in enumerate(devices):
+        device = _Device(builder, index, name, phase)
+        for action in phase.actions[name]:
             device.walk(action)
         device.finish()
         builder.graph.high_water.append(device.most_bytes)

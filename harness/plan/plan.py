@@ -24,8 +24,10 @@ class Shard:
 class Phase:
     """One iteration's action list per device, done `repeat` times.
 
-    `live` are the values per device that exist when an iteration begins and, one version on, when it ends:
-    weights, optimizer state, buffers. `micro_batches` are row counts; `tied` are the groups of devices that
+    `live` are the values per device that exist when an iteration begins: weights, optimizer state, buffers. When it
+    ends, `leaves` are there, by default the same, whatever their versions: the next iteration, or phase, begins with
+    them. An iteration of inference is one request, which begins when the one before has ended on every device.
+    `micro_batches` are row counts; `tied` are the groups of devices that
     hold copies of one parameter (its gradient's value name -> devices).
     """
 
@@ -37,6 +39,10 @@ class Phase:
     tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     repeat: int = 1
     training: bool = True
+    leaves: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
+
+    def leaves_of(self, device: str) -> tuple[Value, ...]:
+        return self.leaves.get(device, self.live.get(device, ()))
 
     @property
     def batch_size(self) -> int:

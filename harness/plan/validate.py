@@ -2,176 +2,130 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable
+from itertools import pairwise
 
-from harness.plan.actions import Collective, Combine, Compute, Step
+from harness.costs import FORWARD, Costs
+from harness.plan.actions import Combine, Compute
 from harness.plan.flow import InvalidPlan, link
+from harness.plan.gradients import check_gradients
 from harness.plan.plan import Phase, Plan
 from harness.plan.values import Range, Value
 
-#: What a gradient holds: (units, micro-batch, rows) -> how many times it was added.
-Content = Counter[tuple[Range, int, Range]]
 
-
-def validate(plan: Plan) -> dict[str, int]:
+def validate(plan: Plan, costs: Costs) -> dict[str, int]:
     """Check every phase; returns each device's memory high-water mark in bytes, in list order.
 
     In each phase: every value is written before it is read and freed once, sends and receives pair up, the order
-    can't deadlock (all by `link`); the rows of every unit are computed exactly once per micro-batch; each weight's
-    gradient, when its step reads it, holds every row of every stage that uses the weight exactly once.
-    Raises InvalidPlan. Workspace inside an action, known only with the costs, is in the simulator's ledger.
+    can't deadlock (all by `link`); each row of every unit is computed exactly once per micro-batch, from the tensors
+    that the unit reads; each weight's gradient, when its step reads it, holds every row of every stage that uses the
+    weight exactly once. A phase begins with what the one before leaves. Raises InvalidPlan.
+    Workspace inside an action is in the simulator's ledger.
     """
     high: dict[str, int] = {}
-    for phase in {id(p): p for p in plan.phases}.values():
-        if set(phase.actions) != set(plan.devices):
-            raise InvalidPlan(f"phase {phase.name!r} has other devices than the first phase")
-        graph = link(phase, plan.tensors)
-        _check_passes(phase, plan.num_units)
+    checked: set[int] = set()
+    for before, phase in zip((None, *plan.phases), plan.phases, strict=False):
+        if before is not None:
+            _check_succession(before, phase)
+        if id(phase) in checked:
+            continue
+        checked.add(id(phase))
+        graph = link(phase, plan.tensors, plan.devices)
+        _check_passes(phase, len(costs.units))
+        _check_flow(phase, costs)
         if phase.training:
-            _check_gradients(phase)
+            check_gradients(phase, plan)
         for device, nbytes in zip(graph.devices, graph.high_water, strict=True):
             high[device] = max(high.get(device, 0), nbytes)
     return high
 
 
+def _check_succession(before: Phase, after: Phase) -> None:
+    for device in before.actions:
+        left = {value.name for value in before.leaves_of(device)}
+        begins = {value.name for value in after.live.get(device, ())}
+        if left != begins:
+            raise InvalidPlan(
+                f"phase {after.name!r}: {device} begins with {', '.join(sorted(begins)) or 'nothing'}, and phase "
+                f"{before.name!r} leaves {', '.join(sorted(left)) or 'nothing'}"
+            )
+
+
 def _check_passes(phase: Phase, num_units: int) -> None:
-    """Forward (and backward) passes tile (unit x micro-batch x rows); each backward has its forward before it."""
+    """Forward passes tile (unit x micro-batch x rows); no pass runs twice, no backward before its forward."""
     forward: dict[int, list[tuple[Range, Range]]] = defaultdict(list)
     for device, actions in phase.actions.items():
-        done: set[tuple[Range, int, Range]] = set()
-        undone: set[tuple[Range, int, Range]] = set()
+        done: set[tuple[str, Range, int, Range]] = set()
         for action in actions:
             if not isinstance(action, Compute):
                 continue
-            key = (action.units, action.micro_batch, action.rows)
             where = f"phase {phase.name!r}: {device}: units {action.units} of micro-batch {action.micro_batch}"
-            if not 0 <= action.micro_batch < len(phase.micro_batches):
-                raise InvalidPlan(f"{where}: the phase has {len(phase.micro_batches)} micro-batches")
-            shard = phase.shards[device]
-            if action.units != shard.units or action.rows != shard.micro_batch_rows[action.micro_batch]:
-                raise InvalidPlan(f"{where}: rows {action.rows} are not what the device's shard declares")
-            if action.direction == "forward":
-                if key in done:
-                    raise InvalidPlan(f"{where}: computed forward twice")
-                done.add(key)
+            _check_shard(phase, device, action, where)
+            key = (action.units, action.micro_batch, action.rows)
+            if (action.direction, *key) in done:
+                raise InvalidPlan(f"{where}: computed {action.direction} twice")
+            done.add((action.direction, *key))
+            if action.direction == FORWARD:
                 forward[action.micro_batch].append((action.units, action.rows))
-            else:
-                if key not in done:
-                    raise InvalidPlan(f"{where}: backward without a forward before it")
-                if key in undone:
-                    raise InvalidPlan(f"{where}: computed backward twice")
-                undone.add(key)
+            elif (FORWARD, *key) not in done:
+                raise InvalidPlan(f"{where}: backward without a forward before it")
     for m, rows in enumerate(phase.micro_batches):
-        _check_tiling(forward[m], num_units, rows, f"phase {phase.name!r}: micro-batch {m}")
+        edges = sorted({0, num_units, *(edge for units, _ in forward[m] for edge in units)})
+        for first, last in pairwise(edges):
+            parts = [part for units, part in forward[m] if units[0] <= first and last <= units[1]]
+            _tile(parts, rows, f"phase {phase.name!r}: micro-batch {m}: units {(first, last)}: rows")
 
 
-def _check_tiling(pieces: list[tuple[Range, Range]], num_units: int, rows: int, where: str) -> None:
-    """Stages tile the units, and the devices of each stage tile the rows."""
-    stages: dict[Range, list[Range]] = defaultdict(list)
-    for units, part in pieces:
-        stages[units].append(part)
-    _tile(list(stages), num_units, f"{where}: units")
-    for units, parts in stages.items():
-        _tile(parts, rows, f"{where}: units {units}: rows")
+def _check_shard(phase: Phase, device: str, action: Compute, where: str) -> None:
+    if not 0 <= action.micro_batch < len(phase.micro_batches):
+        raise InvalidPlan(f"{where}: the phase has {len(phase.micro_batches)} micro-batches")
+    shard = phase.shards.get(device)
+    if shard is None:
+        raise InvalidPlan(f"{where}: the device has no shard")
+    if not shard.units[0] <= action.units[0] < action.units[1] <= shard.units[1]:
+        raise InvalidPlan(f"{where}: the device's shard has the units {shard.units}")
+    if action.rows != shard.micro_batch_rows[action.micro_batch]:
+        raise InvalidPlan(f"{where}: rows {action.rows} are not what the device's shard declares")
 
 
 def _tile(parts: Iterable[Range], total: int, where: str) -> None:
     reached = 0
     for low, high in sorted(parts):
         if low != reached:
-            what = "are missing" if low > reached else "are covered twice"
-            raise InvalidPlan(f"{where} {min(low, reached)}:{max(low, reached)} {what}")
+            problem = "are missing" if low > reached else "are covered twice"
+            raise InvalidPlan(f"{where} {min(low, reached)}:{max(low, reached)} {problem}")
         reached = high
     if reached != total:
         problem = "are missing" if reached < total else "do not exist"
         raise InvalidPlan(f"{where} {min(reached, total)}:{max(reached, total)} {problem}")
 
 
-def _check_gradients(phase: Phase) -> None:
-    """Follow what every gradient holds through the collectives, and check it where a step reads it."""
-    held: dict[str, dict[Value, Content]] = {device: {} for device in phase.actions}
-    wanted = _wanted(phase)
-    stepped: dict[str, set[str]] = {device: set() for device in phase.actions}
-    position = dict.fromkeys(phase.actions, 0)
-    waiting: dict[Collective, set[str]] = defaultdict(set)
-    progress = True
-    while progress:
-        progress = False
-        for device, actions in phase.actions.items():
-            while position[device] < len(actions):
-                action = actions[position[device]]
-                if isinstance(action, Collective):
-                    waiting[action].add(device)
-                    if action.result not in held[device]:
-                        if waiting[action] < set(action.group):
-                            break
-                        _reduce(action, held, phase)
-                elif isinstance(action, Compute) and action.direction == "backward":
-                    for value in action.accumulates:
-                        content = held[device].setdefault(value, Counter())
-                        content[action.units, action.micro_batch, action.rows] += 1
-                elif isinstance(action, Combine):
-                    _combine(action, held[device])
-                elif isinstance(action, Step):
-                    _check_step(action, device, held[device], wanted, phase)
-                    stepped[device].update(value.name for value in action.gradients)
-                position[device] += 1
-                progress = True
+def _check_flow(phase: Phase, costs: Costs) -> None:
+    """Each pass reads what the model's units read of each other, for its own rows; joined pieces make a whole."""
     for device, actions in phase.actions.items():
-        if position[device] < len(actions):
-            action = actions[position[device]]
-            assert isinstance(action, Collective)
-            absent = ", ".join(sorted(set(action.group) - waiting[action]))
-            raise InvalidPlan(
-                f"phase {phase.name!r}: {device}: {action.kind} of {action.value} waits for {absent}, "
-                "which never joins with the same group"
-            )
-        made = {value.name for value in held[device] if value.name.startswith("gradients")}
-        if unused := made - stepped[device]:
-            raise InvalidPlan(f"phase {phase.name!r}: {device}: no step uses {min(unused)}")
+        where = f"phase {phase.name!r}: {device}"
+        for action in actions:
+            if isinstance(action, Combine) and action.op == "concat" and action.write.rows is not None:
+                first, last = action.write.rows
+                parts = [value.rows or (0, 0) for value in action.reads]
+                _tile(
+                    ((low - first, high - first) for low, high in parts), last - first, f"{where}: {action.write}: rows"
+                )
+            elif isinstance(action, Compute) and (missing := _needed(action, costs) - set(action.reads)):
+                raise InvalidPlan(
+                    f"{where}: {action.direction} of units {action.units}, micro-batch {action.micro_batch}, "
+                    f"does not read {min(missing)}"
+                )
 
 
-def _reduce(action: Collective, held: Mapping[str, dict[Value, Content]], phase: Phase) -> None:
-    total: Content = Counter()
-    for member in action.group:
-        if action.value not in held[member]:
-            raise InvalidPlan(
-                f"phase {phase.name!r}: {member}: {action.kind} of {action.value}, which it does not hold"
-            )
-        total.update(held[member].pop(action.value))
-    for member in action.group:
-        held[member][action.result] = total
-
-
-def _combine(action: Combine, mine: dict[Value, Content]) -> None:
-    total: Content = Counter()
-    for value in action.reads:
-        total.update(mine.get(value, Counter()))
-    mine[action.write] = total
-
-
-def _wanted(phase: Phase) -> dict[str, Content]:
-    """Per gradient: the rows that each device which steps with it has of every micro-batch, once."""
-    wanted: dict[str, Content] = defaultdict(Counter)
-    for device, actions in phase.actions.items():
-        shard = phase.shards[device]
-        for value in (value for action in actions if isinstance(action, Step) for value in action.gradients):
-            for m, rows in enumerate(shard.micro_batch_rows):
-                if rows[0] < rows[1]:
-                    wanted[value.name][shard.units, m, rows] = 1
-    return wanted
-
-
-def _check_step(
-    action: Step, device: str, mine: Mapping[Value, Content], wanted: Mapping[str, Content], phase: Phase
-) -> None:
-    for value in action.gradients:
-        content, need = mine.get(value, Counter()), wanted.get(value.name, Counter())
-        twice = [piece for piece, count in content.items() if count > 1]
-        missing = [piece for piece in need if piece not in content]
-        problem = f"adds {twice[0]} twice" if twice else f"lacks {missing[0]}" if missing else ""
-        if problem:
-            raise InvalidPlan(
-                f"phase {phase.name!r}: {device}: the gradient {value} {problem} (units, micro-batch, rows)"
-            )
+def _needed(action: Compute, costs: Costs) -> set[Value]:
+    """What a pass can't do without: its inputs; backward, what it saved and the gradients of what it handed on."""
+    first, last = action.units
+    if action.direction == FORWARD:
+        read = {name for unit in costs.units[first:last] for name in unit.reads}
+        names = [name for name in costs.carried(first) if name in read]
+    else:
+        flowing = (name for name in costs.carried(last) if costs.tensors[name].needs_grad)
+        names = [f"saved@{first}:{last}", *(f"grad:{name}@{last}" for name in flowing)]
+    return {Value(name, action.micro_batch, action.rows) for name in names}

@@ -65,7 +65,7 @@ def test_a_plan_read_back_is_equal_valid_and_runs_the_same(planned: tuple[Plan, 
     again = from_json(to_json(plan))
     assert again == plan
     assert len({id(phase) for phase in again.phases}) == len({id(phase) for phase in plan.phases}) == 2
-    assert validate(again) == validate(plan)
+    assert validate(again, costs) == validate(plan, costs)
     before, after = simulate(plan, costs, cluster), simulate(again, costs, cluster)
     assert (after.total_s, after.phases, after.peak_bytes) == (before.total_s, before.phases, before.peak_bytes)
     assert tuple(after.events) == tuple(before.events)

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.plan import Combine, Free, Load, Phase, Plan, Recv, Send, Store, Tensor, Value
+from harness.costs import Costs
+from harness.plan import Collective, Combine, Compute, Free, Load, Phase, Plan, Recv, Send, Store, Tensor, Value
 from harness.plan.flow import link
 from harness.schedules import Pipeline, Stage, micro_batches
 from harness.simulator import simulate
@@ -91,7 +92,7 @@ def test_never_faster_than_the_busiest_queue_or_the_critical_path(plan):
     # The longest chain of actions that need each other, by an independent library, for one iteration.
     once = dataclasses.replace(plan, phases=(dataclasses.replace(plan.phases[0], repeat=1),))
     single = simulate(once, costs, cluster(count, latency_s=1e-4, memory_bandwidth=1e8))
-    graph = link(plan.phases[0], plan.tensors)
+    graph = link(plan.phases[0], plan.tensors, plan.devices)
     ends = {
         (e.device, e.kind, e.label): e.end_s - e.start_s for e in single.events if e.kind in ("forward", "backward")
     }
@@ -179,3 +180,121 @@ def test_a_smaller_last_batch_is_a_phase_of_its_own():
     full, rest = (pipeline.phase(micro_batches(rows, 4), [1]) for rows in (4, 3))
     plan = Plan("test", 1, pipeline.tensors, (dataclasses.replace(full, repeat=5), rest))
     assert simulate(plan, pipeline.costs, cluster(1)).total_s == pytest.approx(3.0 * (5 * 4 + 3))
+
+
+def inference(num_stages: int, count: int, repeat: int) -> tuple[Plan, Costs]:
+    plan, costs = straight(num_stages, count, [1] * num_stages, training=False)
+    return dataclasses.replace(plan, phases=(dataclasses.replace(plan.phases[0], repeat=repeat),)), costs
+
+
+@pytest.mark.parametrize("duplex", ["full", "half", "shared"])
+def test_a_request_begins_when_the_one_before_has_ended(duplex):
+    """Four stages of a second each: four seconds a request and the transfers between, however many there are."""
+    testbed = cluster(4, bandwidth=1e6, duplex=duplex)
+    one, many = (simulate(*inference(4, 1, repeat), testbed) for repeat in (1, 50))
+    assert one.total_s == pytest.approx(4 + 3 * 4 * WIDTH / 1e6)
+    assert many.total_s == pytest.approx(50 * one.total_s)
+    assert many.peak_bytes == one.peak_bytes
+
+
+def test_an_input_is_not_taken_before_its_iteration():
+    """A fast first stage does not fill the second one's memory with the inputs of later iterations."""
+    plan, costs = straight(2, 2, [2, 1])
+    testbed = cluster(2, bandwidth=math.inf, speeds=(8.0, 1.0))
+    peaks = [
+        simulate(
+            dataclasses.replace(plan, phases=(dataclasses.replace(plan.phases[0], repeat=repeat),)), costs, testbed
+        ).peak_bytes
+        for repeat in (1, 40)
+    ]
+    assert peaks[0] == peaks[1]
+
+
+def test_phases_may_list_their_devices_in_any_order():
+    plan, costs = straight(2, 2, [2, 1])
+    phase = plan.phases[0]
+    backwards = dataclasses.replace(phase, actions=dict(reversed(phase.actions.items())))
+    testbed = cluster(2, speeds=(1.0, 4.0))
+    same, mixed = (
+        simulate(dataclasses.replace(plan, phases=(phase, second)), costs, testbed)
+        for second in (dataclasses.replace(phase), backwards)
+    )
+    assert mixed.busy_s == same.busy_s
+    assert mixed.total_s == same.total_s
+    assert mixed.peak_bytes == same.peak_bytes
+
+
+@pytest.mark.parametrize("repeat", [1, 2, 5])
+def test_a_live_value_that_is_freed_and_received_anew_does_not_add_up(repeat):
+    """A worker pulls the newest weights from a server in every iteration."""
+    old, new = Value("w"), Value("w", version=1)
+    actions = {
+        "device0": (Combine("slice", (old,), new, in_place=True), Send(new, "device1")),
+        "device1": (Free((old,)), Recv(new, "device0")),
+    }
+    live = {"device0": (old,), "device1": (old,)}
+    phase = Phase("pull", (), {}, actions, live, repeat=repeat, training=False)
+    trace = simulate(Plan("test", 0, {"w": Tensor("weights", 1, 1000)}, (phase,)), chain(1), cluster(2))
+    assert trace.peak_bytes == {"device0": 1000, "device1": 1000}
+    assert trace.memory_timeline["device1"][-1][1] == 1000
+
+
+def test_a_result_in_place_keeps_the_memory_of_what_it_replaces():
+    a, b, c = Value("x", version=1), Value("x", version=2), Value("x", version=3)
+    actions = (Load(a), Load(b), Combine("sum", (a, b), c, in_place=True), Free((b,)), Store(c), Free((c,)))
+    phase = Phase("sum", (), {}, {"device0": actions}, {}, training=False)
+    trace = simulate(Plan("test", 0, {"x": Tensor("cache", 1, 1000)}, (phase,)), chain(1), cluster(1))
+    assert [nbytes for _, nbytes in trace.memory_timeline["device0"]] == [1000, 2000, 1000, 0]
+
+
+def test_a_waiting_transfer_does_not_hold_a_medium_that_others_could_use():
+    """device2 keeps device1's port busy for 10 s; meanwhile the pair 0-1 is free in the other direction."""
+    long, short, back = Value("x", version=1, width=(0, 10**7)), Value("x", version=2), Value("x", version=3)
+    actions = {
+        "device0": (Combine("sum", (), short), Send(short, "device1"), Recv(back, "device1"), Free((short, back))),
+        "device1": (
+            Combine("sum", (), back),
+            Recv(long, "device2"),
+            Recv(short, "device0"),
+            Send(back, "device0"),
+            Free((long, short, back)),
+        ),
+        "device2": (Combine("sum", (), long), Send(long, "device1"), Free((long,))),
+    }
+    phase = Phase("swap", (), {}, actions, {}, training=False)
+    plan = Plan("test", 0, {"x": Tensor("activations", 1, 10**6)}, (phase,))
+    assert simulate(plan, chain(1), cluster(3, duplex="half")).total_s == pytest.approx(11.0)
+
+
+def test_a_collective_does_not_wait_for_computation_listed_after_it():
+    """A ring of 2 s beside 3 s of computation that does not need its result."""
+    value, result = Value("g"), Value("g", version=1)
+    names = ("device0", "device1")
+    actions = {
+        name: (
+            Combine("sum", (), value),
+            Collective("all-reduce", value, result, names),
+            Compute((0, 1), "forward", 0, (rank, rank + 1), ()),
+            Free((result,)),
+        )
+        for rank, name in enumerate(names)
+    }
+    phase = Phase("overlap", (2,), {}, actions, {}, training=False)
+    plan = Plan("test", 1, {"g": Tensor("gradients", 1, 10**6, 2)}, (phase,))
+    costs = chain(1, forward_flops=3e9, training=False)
+    assert simulate(plan, costs, cluster(2, memory_bandwidth=1e12)).total_s == pytest.approx(3.0, abs=1e-4)
+
+
+def test_memory_traffic_takes_time():
+    """A sum reads two and writes one, a concatenation reads and writes."""
+    values = [Value("x", version=i) for i in range(4)]
+    actions = (
+        *(Load(v) for v in values[:2]),
+        Combine("sum", tuple(values[:2]), values[2]),
+        Combine("concat", (values[2],), values[3]),
+        Free(tuple(values)),
+    )
+    phase = Phase("traffic", (), {}, {"device0": actions}, {}, training=False)
+    plan = Plan("test", 0, {"x": Tensor("cache", 1, 10**6)}, (phase,))
+    trace = simulate(plan, chain(1), cluster(1, memory_bandwidth=1e6))
+    assert trace.busy_s["device0"]["compute"] == pytest.approx(3 + 2)
