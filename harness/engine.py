@@ -55,8 +55,11 @@ def execute(plan: Plan, workload: Workload, layered: Layered, dataset: Dataset) 
 
 @dataclass(frozen=True)
 class _Memory:
-    peak: int
-    by_kind: dict[str, int]
+    """Most bytes made in one iteration at once, all together and by kind."""
+
+    moving: int
+    gradients: int
+    activations: int
 
 
 class _Worker:
@@ -93,23 +96,21 @@ class _Worker:
         return memory
 
     def _memory(self, tracker: Tracker, gradients: set[int]) -> _Memory:
-        weights = sum(p.numel() * p.itemsize for p in self.layered.root.parameters())
-        buffers = sum(b.numel() * b.itemsize for b in self.layered.root.buffers())
-        optimizer = sum(
-            self.plan.bytes(value) for value in self.plan.phases[0].live[self.device] if value.name.startswith("opt")
-        )
-        standing = weights + buffers + optimizer
         return _Memory(
-            peak=standing + max(tracker.levels()),
-            by_kind=dict.fromkeys(KINDS, 0)
-            | {
-                "weights": weights,
-                "buffers": buffers,
-                "optimizer": optimizer,
-                "gradients": sum(tracker.alive[number] for number in gradients),
-                "activations": max(tracker.levels(without=gradients)),
-            },
+            moving=max(tracker.levels()),
+            gradients=sum(tracker.alive[number] for number in gradients),
+            activations=max(tracker.levels(without=gradients)),
         )
+
+    def _standing(self) -> dict[str, int]:
+        """Bytes that stay from iteration to iteration, by kind."""
+        states: list[dict[str, object]] = list(self.optimizer.state.values()) if self.optimizer is not None else []
+        tensors: dict[str, list[Tensor]] = {
+            "weights": list(self.layered.root.parameters()),
+            "buffers": list(self.layered.root.buffers()),
+            "optimizer": [t for state in states for t in state.values() if isinstance(t, Tensor)],
+        }
+        return {kind: sum(t.numel() * t.itemsize for t in held) for kind, held in tensors.items()}
 
     def run(self, memory: _Memory) -> Execution:
         events: list[Event] = []
@@ -138,16 +139,19 @@ class _Worker:
                 lengths.append(time.perf_counter() - iteration_began)
             ended = time.perf_counter()
             phases.append(PhaseTrace(phase.name, phase.repeat, began - origin, ended - began, 0, tuple(lengths)))
+        total = time.perf_counter() - origin
+        standing = self._standing()
+        moving = {"gradients": memory.gradients, "activations": memory.activations}
         trace = Trace(
             mode="emulated",
             devices=(self.device,),
-            total_s=time.perf_counter() - origin,
+            total_s=total,
             events=tuple(events),
             phases=tuple(phases),
             busy_s={self.device: {"compute": busy, "nic-out": 0.0, "nic-in": 0.0, "storage": 0.0}},
             link_bytes={},
-            peak_bytes={self.device: memory.peak},
-            memory_bytes={self.device: memory.by_kind},
+            peak_bytes={self.device: sum(standing.values()) + memory.moving},
+            memory_bytes={self.device: dict.fromkeys(KINDS, 0) | standing | moving},
         )
         return Execution(trace, tuple(losses) if self.workload.training else ())
 

@@ -90,7 +90,7 @@ def plan_pipeline(
 
     `layout(micro-batch size)` is what the method decides.
     `options["micro_batch_size"]` fixes the size. Ties go to the larger micro-batch.
-    Raises OutOfMemory, naming the device that misses least under the best candidate, when none fits.
+    Raises OutOfMemory when none fits: the worst device of the candidate that misses least.
     """
     best: tuple[float, Plan] | None = None
     misses: list[OutOfMemory] = []
@@ -127,9 +127,9 @@ def overflow(trace: Trace, cluster: Cluster) -> OutOfMemory | None:
 
 
 def _weighted_seconds(plan: Plan, trace: Trace) -> float:
-    """Seconds of the whole run, from one iteration of each distinct phase."""
+    """Seconds of the whole run, from the last estimated iteration of each distinct phase."""
     distinct = list({id(phase): phase for phase in plan.phases}.values())
-    seconds = {id(phase): once.time_s for phase, once in zip(distinct, trace.phases, strict=True)}
+    seconds = {id(phase): seen.iteration_s[-1] for phase, seen in zip(distinct, trace.phases, strict=True)}
     return sum(seconds[id(phase)] * phase.repeat for phase in plan.phases)
 
 

@@ -147,10 +147,10 @@ def _simulate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
 
 
 def estimate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
-    """Simulate each distinct phase of the plan just once: enough to compare candidate plans."""
+    """Two iterations of each distinct phase: enough to compare candidate plans, and what they hold at once."""
     distinct = {id(phase): phase for phase in plan.phases}
-    once = tuple(replace(phase, repeat=1) for phase in distinct.values())
-    return simulate(replace(plan, phases=once), costs, cluster)
+    short = tuple(replace(phase, repeat=min(phase.repeat, 2)) for phase in distinct.values())
+    return simulate(replace(plan, phases=short), costs, cluster)
 
 
 def _time(phase: Phase, plan: Plan, costs: Costs, cluster: Cluster) -> _Timed:

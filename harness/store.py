@@ -85,7 +85,8 @@ def load(path: Path) -> Record:
         record = Record.model_validate_json(path.read_bytes())
     except OSError as error:
         raise OrreryError(
-            f"The record {path} can't be read: {error.strerror or error}. Remove it, or name another record or folder of results."
+            f"The record {path} can't be read: {error.strerror or error}. Remove it, or name another record or folder "
+            "of results."
         ) from error
     except ValidationError as error:
         first = error.errors()[0]

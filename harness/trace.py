@@ -12,7 +12,7 @@ from harness.plan.actions import Action, Combine, Compute, Load, Recv, Send, Sto
 class Event:
     """One action of one device. Times are seconds since the run began; `nbytes` is what a transfer moved.
 
-    `peer` is the other end of a transfer. `label` is for people: "F3 0:24", "all-reduce gradients@0:24".
+    `peer` is the other end of a transfer. `label` is for people: "F3 0:24", "hidden@24#3".
     """
 
     device: str
@@ -46,7 +46,7 @@ class Trace:
 
     `busy_s[device][queue]`: seconds that a queue worked. `link_bytes[(src, dst)]`: bytes sent, whole run.
     `peak_bytes[device]`: most bytes alive at once. `memory_bytes[device][kind]`: most bytes of each kind.
-    `memory_timeline[device]`: (time_s, bytes alive) at each change, over the events' iterations.
+    `memory_timeline[device]`: (time_s, bytes alive) at each change of the iterations looked at.
     """
 
     mode: str

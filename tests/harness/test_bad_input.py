@@ -54,9 +54,9 @@ def test_numbers_out_of_range_are_named(field: str, value: float) -> None:
 def test_a_run_has_a_bounded_number_of_epochs_however_it_is_asked_for() -> None:
     shape: dict[str, Any] = {"model": "m", "dataset": "d", "num_samples": 20, "batch_size": 16}
     assert Workload(**shape, steps=2 * MOST_EPOCHS).total_samples == 20 * MOST_EPOCHS
-    for longer in ({"steps": 2 * MOST_EPOCHS + 1}, {"epochs": MOST_EPOCHS + 1}):
+    for key, length in (("steps", 2 * MOST_EPOCHS + 1), ("epochs", MOST_EPOCHS + 1)):
         with pytest.raises(OrreryError, match=f"{MOST_EPOCHS + 1} epochs long"):
-            Workload(**shape, **longer)
+            Workload(**{**shape, key: length})
 
 
 @pytest.mark.parametrize(

@@ -129,8 +129,10 @@ def test_tiny_resnet_on_real_images_equals_the_plain_loop():
 
 def test_adamw_equals_the_plain_loop():
     workload = dataclasses.replace(IMAGES, optimizer="adamw", learning_rate=1e-3)
-    _, execution = run(workload)
-    assert execution.losses == pytest.approx(plain_loop(workload, 5)[1], abs=1e-5)
+    layered, execution = run(workload)
+    oracle, losses = plain_loop(workload, 5)
+    assert execution.losses == pytest.approx(losses, abs=1e-5)
+    assert_equal_weights(layered.root, oracle)
 
 
 def test_the_loss_falls_on_digits():
