@@ -16,8 +16,10 @@ OPTIONS: dict[str, object] = {"micro_batch_size": None}
 def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[str, object]) -> Plan:
     """Cuts balanced by profiled time; all micro-batches are in flight, so memory grows with their number."""
 
+    def warmup(count: int) -> list[int]:
+        return [count] * len(cluster.devices)
+
     def layout(size: int) -> Layout:
-        stages = straight_stages(costs, cluster, size)
-        return stages, lambda count: [count] * len(stages)
+        return straight_stages(workload, costs, cluster, size, warmup), warmup
 
     return plan_pipeline("gpipe", workload, costs, cluster, layout, options)

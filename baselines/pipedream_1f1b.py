@@ -16,8 +16,10 @@ OPTIONS: dict[str, object] = {"micro_batch_size": None}
 def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[str, object]) -> Plan:
     """Cuts balanced by profiled time; stage p of P holds at most P - p micro-batches in flight."""
 
+    def warmup(count: int) -> list[int]:
+        return [len(cluster.devices) - p for p in range(len(cluster.devices))]
+
     def layout(size: int) -> Layout:
-        stages = straight_stages(costs, cluster, size)
-        return stages, lambda count: [len(stages) - p for p in range(len(stages))]
+        return straight_stages(workload, costs, cluster, size, warmup), warmup
 
     return plan_pipeline("pipedream-1f1b", workload, costs, cluster, layout, options)

@@ -200,6 +200,14 @@ class Costs:
             names.update(dict.fromkeys(unit.parameters))
         return tuple(names)
 
+    def weight_bytes(self, first: int, last: int) -> tuple[int, int]:
+        """Bytes of the range's parameters, and of those that are trained."""
+        cache: dict[tuple[int, int], tuple[int, int]] = self.__dict__.setdefault("_weight_cache", {})
+        if (first, last) not in cache:
+            held = [self.parameters[name] for name in self.parameters_of(first, last)]
+            cache[first, last] = sum(p.bytes for p in held), sum(p.bytes for p in held if p.trainable)
+        return cache[first, last]
+
     def work(self, first: int, last: int, direction: str) -> Work:
         sums = self._work_before[direction]
         total = sums[last].minus(sums[first])

@@ -12,44 +12,50 @@ from harness.plan.values import Range
 from harness.schedules import Pipeline, Stage, micro_batches
 from harness.simulator import estimate
 from harness.trace import Trace
-from harness.workload import Workload
+from harness.workload import OPTIMIZER_STATE_COPIES, Workload
 
 #: The stages, and the warm-up count of each for a number of micro-batches.
 Layout = tuple[Sequence[Stage], Callable[[int], Sequence[int]]]
 
 
-def balanced_cuts(costs: Costs, cluster: Cluster, devices: Sequence[str], rows: int) -> list[Range]:
+def balanced_cuts(
+    costs: Costs,
+    cluster: Cluster,
+    devices: Sequence[str],
+    rows: int,
+    memory: Callable[[int, int, int], float] | None = None,
+) -> list[Range] | None:
     """Contiguous layer ranges, one per device in order, whose slowest pass is as fast as possible.
 
-    Exact: a dynamic program over (layers, devices) on the time of forward plus backward for `rows` rows.
+    Exact: a dynamic program over (layers, devices) on the time of forward plus backward for `rows` rows. Given
+    `memory(stage, first unit, last unit)` in bytes, only stages that fit their device count; None when none do.
     Returns unit ranges. Raises Unsupported with fewer layers than devices.
     """
     layers = costs.layers
     if len(layers) < len(devices):
         raise Unsupported(f"{len(devices)} stages need as many layers, and the model has {len(layers)}")
     edges = [layers[0][0], *(last for _, last in layers)]
-
-    def seconds(first: int, last: int, device: str) -> float:
-        directions = (FORWARD, BACKWARD) if costs.training else (FORWARD,)
-        board = cluster.device(device)
-        return sum(costs.seconds(board, edges[first], edges[last], direction, rows) for direction in directions)
+    directions = (FORWARD, BACKWARD) if costs.training else (FORWARD,)
 
     # slowest[l]: best slowest stage for the first l layers on the devices so far; cut[d][l]: where the last one begins.
     slowest = [0.0] + [float("inf")] * len(layers)
     cut: list[list[int]] = []
-    for device in devices:
+    for stage, device in enumerate(devices):
+        board = cluster.device(device)
         following, begins = [float("inf")] * (len(layers) + 1), [0] * (len(layers) + 1)
         for last in range(1, len(layers) + 1):
             for first in range(last - 1, -1, -1):
-                if slowest[first] == float("inf"):
-                    continue
-                stage = seconds(first, last, device)
-                if max(slowest[first], stage) < following[last]:
-                    following[last], begins[last] = max(slowest[first], stage), first
-                if stage > following[last]:
+                if memory is not None and memory(stage, edges[first], edges[last]) > board.memory_bytes:
+                    break  # an even longer range needs more
+                seconds = sum(costs.seconds(board, edges[first], edges[last], d, rows) for d in directions)
+                if max(slowest[first], seconds) < following[last]:
+                    following[last], begins[last] = max(slowest[first], seconds), first
+                if seconds > following[last]:
                     break
         slowest = following
         cut.append(begins)
+    if slowest[-1] == float("inf"):
+        return None
     ranges: list[Range] = []
     last = len(layers)
     for begins in reversed(cut):
@@ -58,10 +64,33 @@ def balanced_cuts(costs: Costs, cluster: Cluster, devices: Sequence[str], rows: 
     return ranges[::-1]
 
 
-def straight_stages(costs: Costs, cluster: Cluster, rows: int) -> list[Stage]:
-    """One stage per device in rank order, balanced by time."""
-    cuts = balanced_cuts(costs, cluster, cluster.names, rows)
+def straight_stages(
+    workload: Workload, costs: Costs, cluster: Cluster, rows: int, warmup: Callable[[int], Sequence[int]]
+) -> list[Stage]:
+    """One stage per device in rank order, balanced by time among the cuts that fit the devices' memory.
+
+    Where no cut seems to fit, the balanced one is taken: what it lacks is for the simulator to say.
+    """
+    count = len(micro_batches(workload.batch_size, rows))
+    in_flight = [min(ahead, count) for ahead in warmup(count)]
+
+    def memory(stage: int, first: int, last: int) -> float:
+        return stage_bytes(costs, workload.optimizer, first, last, rows, in_flight[stage])
+
+    cuts = balanced_cuts(costs, cluster, cluster.names, rows, memory) or balanced_cuts(
+        costs, cluster, cluster.names, rows
+    )
+    assert cuts is not None
     return [Stage(units, (device,), (1,)) for units, device in zip(cuts, cluster.names, strict=True)]
+
+
+def stage_bytes(costs: Costs, optimizer: str, first: int, last: int, rows: int, in_flight: int) -> float:
+    """Weights, gradients, optimizer state, buffers, and what `in_flight` micro-batches of `rows` keep or hand on."""
+    weights, trained = costs.weight_bytes(first, last)
+    handed = [name for name in costs.carried(first) if name in costs.saves(first, last)]
+    kept = costs.saved(first, last).at(rows) + sum(costs.tensors[name].bytes(rows) for name in handed)
+    copies = 1 + OPTIMIZER_STATE_COPIES[optimizer]
+    return weights + copies * trained + costs.buffers_bytes(first, last) + in_flight * kept
 
 
 def micro_batch_sizes(batch_size: int, asked: object = None) -> list[int]:

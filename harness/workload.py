@@ -11,12 +11,12 @@ TECHNIQUES = ("full", "inference")
 OPTIMIZERS = ("sgd", "sgd-momentum", "adamw")
 #: Optimizer state, in copies of the trainable weights.
 OPTIMIZER_STATE_COPIES = {"sgd": 0, "sgd-momentum": 1, "adamw": 2}
-#: Bounds that keep every count of bytes and samples within 64 bits, and a program of batches within memory.
-MOST, MOST_EPOCHS, MOST_SEED = 10**9, 10**5, 2**63 - 1
-WHOLE_NUMBERS = (
-    *("batch_size", "seq_len", "decoder_seq_len", "image_size", "num_channels", "num_labels", "num_samples"),
-    *("epochs", "steps"),
-)
+#: More is a slip of the hand: it would plan for hours, or overflow 64 bits.
+MOST_SEED, MOST_EPOCHS = 2**63 - 1, 10**5
+MOST = {
+    **dict.fromkeys(("num_samples", "epochs", "steps"), 10**9),
+    **dict.fromkeys(("batch_size", "seq_len", "decoder_seq_len", "image_size", "num_channels", "num_labels"), 10**5),
+}
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class Workload:
             raise unknown_name("technique", self.technique, TECHNIQUES)
         if self.optimizer not in OPTIMIZERS:
             raise unknown_name("optimizer", self.optimizer, OPTIMIZERS)
-        for field in WHOLE_NUMBERS:
+        for field, most in MOST.items():
             value = getattr(self, field)
-            if value is not None and not 1 <= value <= MOST:
-                raise OrreryError(f"{field} is {value}; it must be at least 1, and at most {MOST}.")
+            if value is not None and not 1 <= value <= most:
+                raise OrreryError(f"{field} is {value}; it must be at least 1, and at most {most}.")
         if not 0 <= self.seed <= MOST_SEED:
             raise OrreryError(f"seed is {self.seed}; it must be at least 0, and at most {MOST_SEED}.")
         if not 0 < self.learning_rate < math.inf:

@@ -100,3 +100,36 @@ def test_eddl_shares_rows_by_speed_on_request():
 def test_a_micro_batch_larger_than_the_batch_is_refused():
     with pytest.raises(OrreryError, match="from 1 to 16"):
         standalone.plan(WORKLOAD, chain(2), cluster(1), {"micro_batch_size": 17})
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=3, max_size=7),
+    st.lists(st.integers(1, 12), min_size=2, max_size=3),
+)
+def test_cuts_under_a_memory_budget_equal_brute_force(work, budgets):
+    """Each layer weighs as much as it computes; a device holds `budget` of that."""
+    costs = chain(len(work))
+    units = [
+        dataclasses.replace(unit, forward=unit.forward._replace(matmul=unit.forward.matmul._replace(per_row=w * 1e9)))
+        for unit, w in zip(costs.units, work, strict=True)
+    ]
+    costs = dataclasses.replace(costs, units=tuple(units))
+    testbed = cluster(len(budgets))
+    boards = tuple(dataclasses.replace(d, memory_bytes=b) for d, b in zip(testbed.devices, budgets, strict=True))
+    testbed = dataclasses.replace(testbed, devices=boards)
+
+    def slowest(edges):
+        stages = list(itertools.pairwise(edges))
+        if any(sum(work[a:b]) > budget for (a, b), budget in zip(stages, budgets, strict=True)):
+            return float("inf")
+        return max(
+            costs.seconds(boards[0], a, b, FORWARD, 1) + costs.seconds(boards[0], a, b, BACKWARD, 1) for a, b in stages
+        )
+
+    cuts = balanced_cuts(costs, testbed, testbed.names, 1, lambda stage, first, last: sum(work[first:last]))
+    inner = itertools.combinations(range(1, len(work)), len(budgets) - 1)
+    best = min(slowest([0, *middle, len(work)]) for middle in inner)
+    if best == float("inf"):
+        assert cuts is None
+    else:
+        assert slowest([0, *(b for _, b in cuts)]) == pytest.approx(best)
