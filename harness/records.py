@@ -87,7 +87,8 @@ class Provenance(Part):
     package_version: str | None = Field(description="of orrery-bench; none when it runs from a plain folder")
     git_commit: str | None = Field(description="of the checkout the code runs from; none outside a checkout")
     git_dirty: bool | None
-    config_hash: str = Field(description="of what was asked: same hash, same run")
+    config_hash: str = Field(description="of what was asked: same hash, same question")
+    code_digest: str = Field(description="of the code that answered: another one answers anew")
     seed: int
     libraries: dict[str, str]
     host: dict[str, str | int]

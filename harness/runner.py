@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from harness import datasets, measure, profile, provenance, registry, store
+from harness import datasets, measure, models, profile, provenance, registry, store
 from harness.costs import Costs
 from harness.errors import Broken, OrreryError, OutOfMemory, Unsupported
 from harness.experiment import Request, reads_images
@@ -202,6 +202,8 @@ def _shapes_match(workload: Workload) -> None:
     superfluous = "seq_len" if wanted == "image" else "image_size"
     if getattr(workload, superfluous) is not None:
         raise Unsupported(f"{workload.model} reads {nouns[wanted]}, so {superfluous} has no meaning for it")
+    if workload.decoder_seq_len != 1 and models.entry(workload.model).family not in models.ENCODER_DECODER:
+        raise Unsupported(f"{workload.model} has no decoder of its own, so decoder_seq_len has no meaning for it")
 
 
 def _must_fit(trace: Trace, request: Request) -> None:
@@ -222,6 +224,7 @@ def _record(request: Request, found: dict[str, Any]) -> Record:
         git_commit=commit,
         git_dirty=dirty,
         config_hash=request.config_hash,
+        code_digest=provenance.code_digest(),
         seed=workload.seed,
         libraries=provenance.libraries(),
         host=provenance.host(),

@@ -96,7 +96,7 @@ def stage_bytes(costs: Costs, optimizer: str, first: int, last: int, rows: int, 
 def micro_batch_sizes(batch_size: int, asked: object = None) -> list[int]:
     """Powers of two up to the batch and the batch itself; or just the size that was asked for."""
     if asked is not None:
-        if not isinstance(asked, int) or not 1 <= asked <= batch_size:
+        if type(asked) is not int or not 1 <= asked <= batch_size:
             raise OrreryError(f"micro_batch_size is {asked!r}; it must be a whole number from 1 to {batch_size}.")
         return [asked]
     sizes = {batch_size}

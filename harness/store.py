@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from harness.errors import OrreryError
+from harness.provenance import code_digest
 from harness.records import SCHEMA_VERSION, Record, flat
 
 if TYPE_CHECKING:
@@ -104,12 +105,12 @@ def load(path: Path) -> Record:
 
 
 def finished(out: Path, config_hash: str) -> Record | None:
-    """The stored record of a run that need not be done again."""
+    """The stored record of a run that need not be done again: it ended, and this very code answered."""
     path = run_path(out, config_hash)
     if not path.exists():
         return None
     record = load(path)
-    return record if record.status in FINISHED else None
+    return record if record.status in FINISHED and record.provenance.code_digest == code_digest() else None
 
 
 def load_all(out: Path) -> list[Record]:

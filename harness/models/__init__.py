@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 #: The module that builds a family, where it does not carry the family's name.
 MODULE_OF = {"resnet": "cnn", "mobilenet-v2": "cnn", "efficientnet": "cnn"}
+ENCODER_DECODER = ("t5", "bart")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
 

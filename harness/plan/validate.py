@@ -55,6 +55,13 @@ def _check_succession(before: Phase, after: Phase) -> None:
 def _check_passes(phase: Phase, num_units: int) -> None:
     """Forward passes tile (unit x micro-batch x rows); no pass runs twice, no backward before its forward."""
     forward: dict[int, list[tuple[Range, Range]]] = defaultdict(list)
+    for device, shard in phase.shards.items():
+        if device not in phase.actions:
+            raise InvalidPlan(f"phase {phase.name!r}: the shard of {device} belongs to no device of the phase")
+        if (found := len(shard.micro_batch_rows)) != (wanted := len(phase.micro_batches)):
+            raise InvalidPlan(
+                f"phase {phase.name!r}: {device}: the shard has {found} micro-batches, the phase {wanted}"
+            )
     for device, actions in phase.actions.items():
         done: set[tuple[str, Range, int, Range]] = set()
         for action in actions:

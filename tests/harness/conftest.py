@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from harness.provenance import code_digest
 from harness.records import Record
 
 #: The least a record needs: what was asked, how it ended, where it comes from.
@@ -36,6 +37,7 @@ ASKED = {
         "git_commit": None,
         "git_dirty": None,
         "config_hash": "0123456789abcdef",
+        "code_digest": code_digest(),
         "seed": 0,
         "libraries": {},
         "host": {},
