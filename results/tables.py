@@ -223,7 +223,7 @@ def kept(setting: Setting, comparison: Comparison) -> Table:
         pd.DataFrame(rows),
         {"GiB": lambda value: f"{value:.3f}", "less the paper's, GiB": lambda value: f"{value:+.3f}"},
         notes=(
-            "The first row is what the ledger of a testbed of GPUs uses. What remains of the difference these counts do "
+            "The first row is what the ledger of a testbed of GPUs uses. What remains of the gap these counts do "
             "not explain. Nothing was fitted to the paper's value.",
         ),
     )
