@@ -20,11 +20,8 @@ from harness.plan import Action, Commit, Compute, Free, Phase, Plan, Step, Value
 from harness.plan.values import KINDS
 from harness.profile.track import Tracker
 from harness.samples import Dataset
-from harness.trace import Event, PhaseTrace, Trace, kind_of, label_of, micro_batch_of
+from harness.trace import EVENTS_KEPT, Event, PhaseTrace, Trace, kind_of, label_of, micro_batch_of
 from harness.workload import Workload
-
-#: Iterations of a phase whose events are kept, as in the simulator.
-EVENTS_KEPT = 2
 
 
 @dataclass(frozen=True)

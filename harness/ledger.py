@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from harness.plan.actions import QUEUES
-from harness.plan.flow import Graph
+from harness.plan.graph import Graph
 from harness.plan.values import KINDS
 
 _KIND_INDEX = {kind: index for index, kind in enumerate(KINDS)}

@@ -21,7 +21,7 @@ from harness.errors import Broken, OrreryError, OutOfMemory, Unsupported
 from harness.experiment import Request, reads_images
 from harness.plain import plain
 from harness.plan import Plan
-from harness.plan.flow import InvalidPlan
+from harness.plan.graph import InvalidPlan
 from harness.plan.validate import validate
 from harness.records import SCHEMA_VERSION, AssumedConstant, Provenance, Record
 from harness.registry import Testbed

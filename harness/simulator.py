@@ -20,13 +20,12 @@ from harness.errors import OrreryError
 from harness.garbage import no_collection
 from harness.ledger import Ledger
 from harness.plan.actions import COMPUTE, NIC_IN, QUEUE_OF, QUEUES, Combine, Compute, Load, Send, Step, Store
-from harness.plan.flow import Graph, link
+from harness.plan.flow import link
+from harness.plan.graph import Graph
 from harness.plan.plan import Phase, Plan
-from harness.trace import Event, PhaseTrace, Trace, kind_of, label_of, micro_batch_of
+from harness.trace import EVENTS_KEPT, Event, PhaseTrace, Trace, kind_of, label_of, micro_batch_of
 
 PICOSECONDS = 10**12
-#: Iterations of a phase whose events are kept for pictures; totals cover every iteration.
-EVENTS_KEPT = 2
 #: Longest cycle, in iterations, that the periodicity check looks for.
 LONGEST_CYCLE = 4
 

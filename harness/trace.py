@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from harness.plan.actions import Action, Combine, Compute, Load, Recv, Send, Store
 
+#: Iterations of a phase whose events are kept for pictures; totals cover every iteration.
+EVENTS_KEPT = 2
+
 
 @dataclass(frozen=True, slots=True)
 class Event:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from harness.costs import BACKWARD
 from harness.plan.actions import Collective, Combine, Commit, Compute, Step
-from harness.plan.flow import InvalidPlan
+from harness.plan.graph import InvalidPlan
 from harness.plan.plan import Phase, Plan
 from harness.plan.values import Range, Value
 

@@ -8,8 +8,9 @@ from itertools import pairwise
 
 from harness.costs import FORWARD, Costs
 from harness.plan.actions import Combine, Compute
-from harness.plan.flow import InvalidPlan, link
+from harness.plan.flow import link
 from harness.plan.gradients import check_gradients
+from harness.plan.graph import InvalidPlan
 from harness.plan.plan import Phase, Plan
 from harness.plan.values import Range, Value
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from harness.plan import Collective, Combine, Compute, Free, Phase, Plan, Recv, Send, Step, Tensor, Value
 from harness.plan.actions import reads, writes
-from harness.plan.flow import InvalidPlan
+from harness.plan.graph import InvalidPlan
 from harness.plan.validate import validate
 from harness.schedules import Pipeline, Stage, micro_batches
 from tests.harness.toys import chain
