@@ -21,7 +21,7 @@ from harness.garbage import no_collection
 from harness.ledger import Ledger
 from harness.plan.actions import COMPUTE, NIC_IN, QUEUE_OF, QUEUES, Combine, Compute, Load, Send, Step, Store
 from harness.plan.flow import link
-from harness.plan.graph import Graph
+from harness.plan.graph import Graph, check_order
 from harness.plan.plan import Phase, Plan
 from harness.trace import EVENTS_KEPT, Event, PhaseTrace, Trace, kind_of, label_of, micro_batch_of
 
@@ -274,6 +274,8 @@ def _iteration(timed: _Timed, state: _State) -> tuple[list[int], list[int]]:
             state.medium[medium[node]] = done
         release(behind[node], done)
         release(then[node], done + latency[node])
+    if any(waits):
+        check_order(graph, f"phase {timed.phase.name!r}")
     for queue, node in graph.ends.items():
         state.queue[queue] = end[node]
     for key, node in graph.live_writers.items():

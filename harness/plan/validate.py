@@ -10,7 +10,7 @@ from harness.costs import FORWARD, Costs
 from harness.plan.actions import Combine, Compute
 from harness.plan.flow import link
 from harness.plan.gradients import check_gradients
-from harness.plan.graph import InvalidPlan
+from harness.plan.graph import InvalidPlan, check_order
 from harness.plan.plan import Phase, Plan
 from harness.plan.values import Range, Value
 
@@ -19,7 +19,7 @@ def validate(plan: Plan, costs: Costs) -> dict[str, int]:
     """Check every phase; returns each device's memory high-water mark in bytes, in list order.
 
     In each phase: every value is written before it is read and freed once, sends and receives pair up, the order
-    can't deadlock (all by `link`); each row of every unit is computed exactly once per micro-batch, from the tensors
+    can't deadlock; each row of every unit is computed exactly once per micro-batch, from the tensors
     that the unit reads; each weight's gradient, when its step reads it, holds every row of every stage that uses the
     weight exactly once. A phase begins with what the one before leaves. Raises InvalidPlan.
     Workspace inside an action is in the simulator's ledger.
@@ -33,6 +33,7 @@ def validate(plan: Plan, costs: Costs) -> dict[str, int]:
             continue
         checked.add(id(phase))
         graph = link(phase, plan.tensors, plan.devices)
+        check_order(graph, f"phase {phase.name!r}")
         _check_passes(phase, len(costs.units))
         _check_flow(phase, costs)
         if phase.training:

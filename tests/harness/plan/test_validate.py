@@ -14,7 +14,8 @@ from harness.plan.actions import reads, writes
 from harness.plan.graph import InvalidPlan
 from harness.plan.validate import validate
 from harness.schedules import Pipeline, Stage, micro_batches
-from tests.harness.toys import chain
+from harness.simulator import simulate
+from tests.harness.toys import chain, cluster
 
 
 @st.composite
@@ -171,8 +172,10 @@ def test_two_devices_that_wait_for_each_other_are_a_deadlock():
         live={},
         training=False,
     )
-    with pytest.raises(InvalidPlan, match="deadlock: 4 actions wait for each other"):
-        check(Plan("test", 0, {"x": Tensor("activations", 1, 4)}, (phase,)))
+    plan = Plan("test", 0, {"x": Tensor("activations", 1, 4)}, (phase,))
+    for read in (check, lambda plan: simulate(plan, chain(1), cluster(2))):
+        with pytest.raises(InvalidPlan, match="deadlock: 4 actions wait for each other"):
+            read(plan)
 
 
 def replaced(plan: Plan, **fields) -> Plan:
