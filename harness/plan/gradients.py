@@ -20,6 +20,10 @@ def check_gradients(phase: Phase, plan: Plan) -> None:
 
     The gradient of `weights...` is called `gradients...`. Raises InvalidPlan.
     """
+    for name, devices in phase.tied.items():
+        holders = {device for device in phase.actions if name in _trained(phase, plan, device)}
+        if holders != set(devices):
+            raise InvalidPlan(f"phase {phase.name!r}: {name} is tied over {devices}, and held by {sorted(holders)}")
     wanted = _wanted(phase, plan)
     held: dict[str, dict[Value, Content]] = {device: {} for device in phase.actions}
     stepped: dict[str, Counter[str]] = {device: Counter() for device in phase.actions}

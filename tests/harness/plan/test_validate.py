@@ -135,6 +135,8 @@ def test_a_tied_weight_needs_the_gradients_of_both_stages():
                 return [Free(tuple(v._replace(version=0) for v in values))]
         return [action]
 
+    with pytest.raises(InvalidPlan, match=r"gradients:w0 is tied over .*device0"):
+        check(replaced(plan, tied={"gradients:w0": ("device0",)}))
     plan = mutate(mutate(plan, "device0", alone), "device1", alone)
     with pytest.raises(InvalidPlan, match=r"gradients:w0 lacks \(\(2, 4\), 0, \(0, 2\)\)"):
         check(plan)
