@@ -313,7 +313,7 @@ def _options(settings: Iterable[str]) -> dict[str, dict[str, object]]:
         method, dot, option = name.partition(".")
         if not (equals and dot and method and option):
             raise OrreryError(f"--set is {setting!r}. Allowed is METHOD.OPTION=VALUE, such as eddl.shares=speed.")
-        options.setdefault(method, {})[option] = toml_value(value)
+        options.setdefault(method.replace("_", "-"), {})[option] = toml_value(value)
     return options
 
 

@@ -115,7 +115,8 @@ def compare(a: Sequence[Record], b: Sequence[Record]) -> list[Row]:
 
 def title(record: Record) -> str:
     """A run in one line, for people."""
-    return " ".join((record.method, record.model, record.technique, record.dataset, record.testbed, record.mode))
+    batch = f"batch {record.batch_size}"
+    return " ".join((record.method, record.model, record.technique, record.dataset, batch, record.testbed, record.mode))
 
 
 def _by_identity(records: Sequence[Record], side: str) -> dict[tuple[str, ...], Record]:

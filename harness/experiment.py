@@ -104,7 +104,8 @@ class Request:
 
     def __str__(self) -> str:
         w = self.workload
-        return f"{self.method.name} · {w.model} · {w.technique} · {w.dataset} · {self.testbed.name} · {self.mode}"
+        what = f"{self.method.name} · {w.model} · {w.technique} · {w.dataset} · batch {w.batch_size}"
+        return f"{what} · {self.testbed.name} · {self.mode}"
 
 
 def read(path: Path) -> list[Request]:

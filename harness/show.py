@@ -22,10 +22,10 @@ def columns(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def records_table(records: Iterable[Record]) -> str:
     """One line per run: what was asked, how it ended, the numbers people look at first."""
-    asked = ("method", "model", "technique", "dataset", "testbed", "mode", "status")
+    asked = ("method", "model", "technique", "dataset", "batch_size", "testbed", "mode", "status")
     rows = [
         (
-            *(getattr(record, field) for field in asked),
+            *(str(getattr(record, field)) for field in asked),
             number(record.throughput_samples_per_s),
             "-" if record.total_time_s is None else duration(record.total_time_s),
             number(record.peak_memory_bytes and record.peak_memory_bytes / 2**20),
@@ -33,7 +33,7 @@ def records_table(records: Iterable[Record]) -> str:
         )
         for record in records
     ]
-    return columns((*asked, "samples/s", "total", "peak MiB", "J"), rows)
+    return columns((*(field.partition("_")[0] for field in asked), "samples/s", "total", "peak MiB", "J"), rows)
 
 
 def costs_table(costs: Costs, cluster: Cluster, rows: int) -> str:

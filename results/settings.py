@@ -44,7 +44,7 @@ class Setting:
 
     @property
     def title(self) -> str:
-        return f"{self.first.testbed}: {self.first.technique} on {self.first.dataset}"
+        return f"{self.first.testbed}: {self.first.technique} on {self.first.dataset}, batch {self.first.batch_size}"
 
     @property
     def work(self) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 from harness import datasets, engine, models
 from harness.costs import Costs
 from harness.engine import Execution
-from harness.errors import Unsupported
 from harness.plan import Plan
 from harness.threads import one_thread
 from harness.workload import Workload
@@ -15,9 +14,7 @@ from testbeds.library import Testbed
 
 
 def execute(plan: Plan, workload: Workload, costs: Costs, testbed: Testbed, data_dir: Path | None = None) -> Execution:
-    """Real model, real data, real optimizer. Raises Unsupported for a plan of several devices."""
-    if len(plan.devices) > 1:
-        raise Unsupported(f"the plan uses {len(plan.devices)} devices; without a transport emulated mode runs one")
+    """Real model, real data, real optimizer, for the plan of one device."""
     dataset = datasets.load(workload, data_dir)
     with one_thread():
         return engine.execute(plan, workload, models.build(workload), dataset)

@@ -103,7 +103,7 @@ def _counts(table: Table) -> list[int]:
 def _load(path: Path, name: str, count: int | None = None) -> Testbed:
     """Read one environment. `count` is the N of a family's member, None where the file is no family."""
     table = read(path)
-    description = table.text("description")
+    description = table.text("description").replace("{N}", str(count))
     modes = table.list_of("modes", str, f"modes, of {', '.join(MODES)}", lambda mode: mode in MODES)
     if count is not None:
         counts = _counts(table)

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -32,6 +33,8 @@ from harness.workload import Workload
 #: The name of this machine's table in `Costs.measured`; a device with `measured = "local"` is timed by it.
 LOCAL = "local"
 WARM_UPS = 2
+#: A forward pass of more takes seconds on one core, and all of them minutes: then we say what is going on.
+LONG_FLOPS = 5e10
 
 Batches = Callable[[int], Mapping[str, Tensor]]
 Span = tuple[float, float]
@@ -48,6 +51,8 @@ def measured(workload: Workload, costs: Costs, batch_of: Batches, rows: Sequence
     path = store.folder() / f"{costs.key}-{digest}.json"
     seconds = store.read(path, store.seconds_from_dict)
     if seconds is None:
+        if costs.work(0, len(costs.units), FORWARD).flops(max(rows)) > LONG_FLOPS:
+            print(f"measuring the units of {workload.model} on this machine, once", file=sys.stderr, flush=True)
         layered = build(workload)
         optimizer = None
         if workload.training:

@@ -190,7 +190,7 @@ def test_compare_fails_when_asked_to(folder: Path) -> None:
     better = Result("compare b a --fail-if throughput_samples_per_s:10%")
     worse = Result("compare a b --fail-if throughput_samples_per_s:10% --fail-if energy_j:1000%")
     assert (better.code, worse.code) == (0, 1)
-    assert worse.err == "worse: eddl bert-tiny full mrpc pac-nano-2 simulated: throughput_samples_per_s\n"
+    assert worse.err == "worse: eddl bert-tiny full mrpc batch 16 pac-nano-2 simulated: throughput_samples_per_s\n"
     (a,), (b,) = store.load_all(folder / "a"), store.load_all(folder / "b")
     (line,) = [line for line in worse.out.splitlines() if " total_time_s " in line]
     assert b.total_time_s and a.total_time_s
