@@ -48,6 +48,12 @@ def reproduce(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none", default=False)
+def emulate(session: nox.Session) -> None:
+    """The runs for real on this machine, beside the simulator: so far training on one device."""
+    run(session, "orrery", "reproduce", *(session.posargs or ["local"]))
+
+
+@nox.session(venv_backend="none", default=False)
 def report(session: nox.Session) -> None:
     """The report of finished runs. Arguments go to `orrery report`; without any: the runs in ./orrery-runs."""
     run(session, "orrery", "report", *(session.posargs or ["orrery-runs"]))
