@@ -40,8 +40,11 @@ class _State:
 
     def wait_for_all(self) -> None:
         """Nothing begins before everything has ended."""
-        latest = max((*self.queue, *self.live.values()))
-        self.queue = [latest] * len(self.queue)
+        self.queue = [self.latest] * len(self.queue)
+
+    @property
+    def latest(self) -> int:
+        return max((*self.queue, *self.live.values()))
 
     def shift(self, graph: Graph, media: Sequence[str], by: int) -> None:
         """Move everything that the phase touches later by `by`."""
@@ -101,19 +104,19 @@ def _simulate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
         if timed is None:
             timed = prepared[id(phase)] = _time(phase, plan, costs, cluster)
         began = now
-        iteration_ends: list[int] = []
-        for iteration, start, end in _iterations(timed, state):
+        lengths: list[float] = []
+        for iteration, before, start, end in _iterations(timed, state):
             ledger.add(timed.graph, start, end, timed.workspace)
             if iteration < EVENTS_KEPT and not seen:
                 kept.append(_Kept(timed, number, iteration, start, end))
-            now = max(now, max(map(int.__add__, end, timed.latency), default=now))
-            iteration_ends.append(now)
+            ended = max(map(int.__add__, end, timed.latency), default=before)
+            lengths.append((ended - before) / PICOSECONDS)
+            now = max(now, ended)
         now = max((now, *(state.queue[q] for q in timed.graph.ends), *state.live.values()))
         for queue, time in enumerate(timed.busy):
             busy[queue] += time * phase.repeat
         for ends, nbytes in timed.link_bytes.items():
             link_bytes[ends] = link_bytes.get(ends, 0) + nbytes * phase.repeat
-        lengths = np.diff([began, *iteration_ends]) / PICOSECONDS
         phases.append(
             PhaseTrace(
                 phase.name,
@@ -121,7 +124,7 @@ def _simulate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
                 began / PICOSECONDS,
                 (now - began) / PICOSECONDS,
                 sum(timed.link_bytes.values()) * phase.repeat,
-                tuple(lengths.tolist()),
+                tuple(lengths),
             )
         )
     peaks = ledger.settle()
@@ -199,16 +202,20 @@ def _time(phase: Phase, plan: Plan, costs: Costs, cluster: Cluster) -> _Timed:
     return timed
 
 
-def _iterations(timed: _Timed, state: _State) -> Iterator[tuple[int, list[int], list[int]]]:
-    """Simulate iterations (number, starts, ends) until they are periodic, then jump over whole cycles."""
+def _iterations(timed: _Timed, state: _State) -> Iterator[tuple[int, int, list[int], list[int]]]:
+    """Simulate iterations until they are periodic, then jump over whole cycles.
+
+    Gives of each its number, when all before it had ended, and the starts and ends of its nodes.
+    """
     graph, media = timed.graph, timed.media
     history: list[np.ndarray] = []
     left, number = timed.phase.repeat, 0
     while left:
         if not timed.phase.training:
             state.wait_for_all()
+        before = state.latest
         start, end = _iteration(timed, state)
-        yield number, start, end
+        yield number, before, start, end
         left -= 1
         number += 1
         history.append(state.vector(graph, media))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from harness.plan.actions import Action, Combine, Compute, Load, Recv, Send, Store
@@ -33,7 +33,10 @@ class Event:
 
 @dataclass(frozen=True)
 class PhaseTrace:
-    """One phase of the plan: when it began, how long all its repeats took, what moved."""
+    """One phase of the plan: when it began, how long all its repeats took, what moved.
+
+    `iteration_s`: the lengths of the iterations that were looked at one by one.
+    """
 
     name: str
     repeat: int
@@ -66,9 +69,6 @@ class Trace:
     @property
     def comm_bytes(self) -> int:
         return sum(self.link_bytes.values())
-
-    def of(self, device: str) -> Iterator[Event]:
-        return (event for event in self.events if event.device == device)
 
 
 def kind_of(action: Action) -> str:

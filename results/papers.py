@@ -6,7 +6,7 @@ import csv
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -76,10 +76,6 @@ class Paper:
     analysed: Mapping[str, int]
     nearest: Mapping[str, str]
     cells: tuple[Cell, ...]
-
-
-#: The columns of a paper's CSV file.
-COLUMNS = tuple(field.name for field in fields(Cell))[1:]
 
 
 def names() -> list[str]:

@@ -47,11 +47,6 @@ class Testbed:
 
     __test__ = False  # not a test class, whatever pytest makes of the name
 
-    @property
-    def fitted_cells(self) -> tuple[str, ...]:
-        """The published cells that constants of this testbed were fitted to: no error figure may count them."""
-        return tuple(dict.fromkeys(cell for a in self.assumptions for cell in a.constant.cells))
-
 
 def names() -> list[str]:
     """The names of all testbeds of the library; of a family that is open to every N, the usual ones."""
