@@ -16,12 +16,12 @@ from testbeds.library import load
 from tests.harness.test_engine import GLUE, IMAGES, TEXT, needs_glue, single_thread  # noqa: F401
 
 pytestmark = pytest.mark.benchmark  # two timings are compared, so nothing else should run beside it
-ROUNDS = 3
+ROUNDS = 15
 
 
 @pytest.mark.parametrize("workload", [pytest.param(TEXT, marks=needs_glue), IMAGES], ids=["bert-tiny", "resnet-tiny"])
-def test_simulated_time_is_that_of_the_real_run(workload, record_property):
-    """Median of rounds in which profile and real run follow each other, so that both see the machine in one state."""
+def test_simulated_time_is_that_of_the_real_run(workload):
+    """Median of rounds in which profile and real run follow each other: a machine's speed changes meanwhile."""
     cluster = load("local-1").cluster
     dataset = datasets.load(workload, GLUE if workload.dataset == "mrpc" else None)
     counted = profile.count(workload)
@@ -29,11 +29,11 @@ def test_simulated_time_is_that_of_the_real_run(workload, record_property):
     for _ in range(ROUNDS):
         layered = models.build(workload)
         optimizer = optimizer_for(workload, list(layered.root.parameters()))
-        seconds = measure_units(layered, optimizer, lambda rows: dataset.batch(range(rows)), [4, 16], repeats=9)
+        seconds = measure_units(layered, optimizer, lambda rows: dataset.batch(range(rows)), [16], repeats=5)
         costs = dataclasses.replace(counted, measured={LOCAL: seconds})
         plan = standalone.plan(workload, costs, cluster, {"micro_batch_size": 16})
         real = engine.execute(plan, workload, models.build(workload), dataset).trace
         simulated = simulate(plan, costs, cluster)
         ratios.append(simulated.phases[0].iteration_s[-1] / statistics.median(real.phases[0].iteration_s))
-    record_property("simulated_over_real", ratios)
+    print(f"{workload.model}: simulated / real {statistics.median(ratios):.3f}, rounds {sorted(ratios)}")
     assert statistics.median(ratios) == pytest.approx(1, abs=0.15), ratios
