@@ -10,12 +10,15 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from harness import sources, tokenizer
 from harness.datasets import DatasetSpec
 from harness.errors import OrreryError
+from harness.store import write_whole
 from harness.workload import Workload
 
 
@@ -77,6 +80,38 @@ class Images:
         if pixels.shape[2:] != (self.image_size, self.image_size):
             pixels = interpolate(pixels, (self.image_size, self.image_size), mode="bilinear", antialias=True)
         return {"pixel_values": pixels.expand(-1, self.num_channels, -1, -1).contiguous(), "labels": self.labels[rows]}
+
+
+def save(dataset: Dataset, path: Path) -> None:
+    """Write encoded samples as one safetensors file. Raises OrreryError if it can't be written."""
+    assert isinstance(dataset, Texts | Images)
+    fields = vars(dataset)
+    tensors = {name: value.contiguous() for name, value in fields.items() if isinstance(value, Tensor)}
+    about = {"kind": type(dataset).__name__}
+    if isinstance(dataset, Images):
+        about |= {name: str(fields[name]) for name in ("white", "image_size", "num_channels")}
+        about["dtype"] = str(dataset.dtype).removeprefix("torch.")
+    write_whole(path, lambda part: save_file(tensors, part, about))
+
+
+def read(path: Path) -> Dataset:
+    """What `save` wrote: the same batches for any ids. Processes of one machine share the file's memory.
+
+    Raises OrreryError for a file that is not there, is damaged, or holds something else.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        if about.get("kind") == "Texts":
+            return Texts(**{"decoder_start": None, **tensors})
+        if about.get("kind") == "Images":
+            dtype: torch.dtype = getattr(torch, about["dtype"])
+            size, channels = int(about["image_size"]), int(about["num_channels"])
+            return Images(**tensors, white=int(about["white"]), image_size=size, num_channels=channels, dtype=dtype)
+        raise ValueError(f"its kind is {about.get('kind')!r}, and must be 'Texts' or 'Images'.")
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise OrreryError(f"The samples can't be read from {path}: {error} Save the data set again.") from error
 
 
 def texts(spec: DatasetSpec, workload: Workload, data_dir: Path | None) -> Texts:

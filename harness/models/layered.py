@@ -72,8 +72,12 @@ class Layered:
                 todo.extend(unit.reads)
         return [unit for unit in self.local_units if unit.name in wanted]
 
-    def run(self, first: int, last: int, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def run(
+        self, first: int, last: int, values: dict[str, Tensor], entering: Callable[[str], None] | None = None
+    ) -> dict[str, Tensor]:
         """Run units [first, last) on `values` (the batch's inputs and what is carried in).
+
+        `entering` is called with the name of each unit before it runs.
 
         Returns the tensors that units after `last` read, and the model's RESULTS. Every other tensor is let go after
         its last reader, so that only autograd decides what stays.
@@ -84,6 +88,8 @@ class Layered:
         later = {name for unit in self.units[last:] for name in unit.reads}.union(RESULTS)
         last_reader = {name: unit.name for unit in order for name in unit.reads if name not in later}
         for unit in order:
+            if entering is not None:
+                entering(unit.name)
             alive.update(zip(unit.writes, unit(*(alive[name] for name in unit.reads)), strict=True))
             for name in unit.reads:
                 if last_reader.get(name) == unit.name:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness import datasets
+from harness import datasets, samples
 from harness.errors import OrreryError
 from harness.workload import Workload
 
@@ -237,3 +237,50 @@ def test_synthetic_images_lie_next_to_their_labels_mean() -> None:
 def test_text_is_no_image(workload: Workload, kind: str) -> None:
     with pytest.raises(OrreryError, match=f"reads {kind} and the data set {workload.dataset}"):
         datasets.load(workload)
+
+
+def regression(folder: Path) -> Path:
+    write_csv(folder / "stsb" / "train.csv", [("a b", "c", 4.25), ("d", "e f", 0), ("g", "h", 1.5)])
+    return folder
+
+
+@pytest.mark.parametrize(
+    "workload",
+    [
+        text("stsb"),
+        text("stsb", dtype="bfloat16"),
+        text("synthetic", model="t5-tiny", decoder_seq_len=3, num_samples=20),
+        image("digits", num_channels=3, image_size=20, dtype="float64"),
+        image("synthetic"),
+    ],
+)
+def test_saved_samples_give_equal_batches(tmp_path: Path, workload: Workload) -> None:
+    data = datasets.load(workload, regression(tmp_path) if workload.dataset == "stsb" else None)
+    samples.save(data, tmp_path / "new" / "samples.safetensors")
+    again = samples.read(tmp_path / "new" / "samples.safetensors")
+    assert len(again) == len(data)
+    for ids in (range(len(data)), [2, 0], [1, 1, 1]):
+        expected, found = data.batch(ids), again.batch(ids)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def test_files_that_hold_no_samples_are_named(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    whole = tmp_path / "whole"
+    samples.save(datasets.load(image("synthetic")), whole)
+    (tmp_path / "torn").write_bytes(whole.read_bytes()[:5000])
+    (tmp_path / "empty").touch()
+    save_file({"weight": torch.ones(2)}, tmp_path / "weights")
+    save_file({"weight": torch.ones(2)}, tmp_path / "strange", {"kind": "Texts"})
+    for name, reason in {
+        "weights": "kind is None, and must be",
+        "torn": "",
+        "empty": "",
+        "absent": "",
+        "strange": "",
+    }.items():
+        with pytest.raises(OrreryError, match=f"can't be read from .*{name}: .*{reason}.*Save the data set again"):
+            samples.read(tmp_path / name)
