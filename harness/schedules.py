@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -76,11 +76,15 @@ def one_f_one_b(warmup: int, count: int) -> Iterator[tuple[str, int]]:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Stages in order over `costs`; builds the phase of a batch and the tensors its values name."""
+    """Stages in order over `costs`; builds the phase of a batch and the tensors its values name.
+
+    With `clip` every update reads the square of the norm of all gradients together.
+    """
 
     costs: Costs
     stages: tuple[Stage, ...]
     optimizer: str = "sgd"
+    clip: bool = False
 
     def __post_init__(self) -> None:
         edges = [stage.units for stage in self.stages]
@@ -92,6 +96,10 @@ class Pipeline:
             for name in self.costs.carried(first):
                 if self.costs.tensors[name].batchless:
                     raise Unsupported(f"{name} has no row axis and would be carried across the cut at unit {first}")
+
+    @cached_property
+    def devices(self) -> tuple[str, ...]:
+        return tuple(device for stage in self.stages for device in stage.devices)
 
     @cached_property
     def tied(self) -> dict[str, tuple[str, ...]]:
@@ -158,6 +166,8 @@ class Pipeline:
                 tensors[name] = Tensor("activations", cost.tokens, cost.width, cost.itemsize, per_row=True)
                 if costs.training and cost.needs_grad:
                     tensors[f"grad:{name}@{first}"] = tensors[name]
+        if self.clip and any(tensor.kind == "gradients" for tensor in tensors.values()):
+            tensors["norm"] = Tensor("buffers", 1, 1, 4)
         return tensors
 
     def phase(self, batches: Sequence[int], warmup: Sequence[int], name: str = "train", repeat: int = 1) -> Phase:
@@ -170,7 +180,7 @@ class Pipeline:
                 rows = [self.rows(stage, count) for count in batches]
                 for i, device in enumerate(stage.devices):
                     mine = tuple(r[i] for r in rows)
-                    worker = _Worker(self, p, mine, tuple(batches))
+                    worker = _Worker(self, p, i, mine, tuple(batches))
                     actions[device] = tuple(worker.iteration(warmup[p]))
                     live[device] = worker.live
                     shards[device] = Shard(stage.units, mine)
@@ -187,11 +197,12 @@ class Pipeline:
 
 
 class _Worker:
-    """Writes the action list of one device of stage p, which works on `rows[m]` of micro-batch m."""
+    """Writes the action list of one device, number `i` of stage p, which works on `rows[m]` of micro-batch m."""
 
-    def __init__(self, pipeline: Pipeline, p: int, rows: tuple[Range, ...], batches: tuple[int, ...]) -> None:
+    def __init__(self, pipeline: Pipeline, p: int, i: int, rows: tuple[Range, ...], batches: tuple[int, ...]) -> None:
         self.pipeline, self.costs, self.p, self.rows, self.batches = pipeline, pipeline.costs, p, rows, batches
         self.stage = pipeline.stages[p]
+        self.device = self.stage.devices[i]
         self._overlap_cache: dict[tuple[Range, int], list[tuple[str, Range]]] = {}
         self.first, self.last = self.stage.units
         self.tag = f"@{self.first}:{self.last}"
@@ -318,11 +329,28 @@ class _Worker:
             if len(devices) > 1:
                 yield Collective("all-reduce", value, next_version(value), devices)
             summed.append(next_version(value) if len(devices) > 1 else value)
+        norm = None
+        if "norm" in self.pipeline.tensors:
+            norm = yield from self._norm(summed)
         if summed:
             changed = self.trained + self.state
-            yield Step(self.stage.units, tuple(summed), changed, tuple(map(next_version, changed)))
+            yield Step(self.stage.units, tuple(summed), changed, tuple(map(next_version, changed)), norm)
             yield Free(tuple(summed))
+        if norm is not None:
+            yield Free((norm,))
         yield Commit()
+
+    def _norm(self, summed: Sequence[Value]) -> Generator[Action, None, Value]:
+        """The square of the norm of all gradients. Each counts on the first device that holds its weights."""
+        norm, everybody = Value("norm"), self.pipeline.devices
+        counted = tuple(
+            value for value, (_, devices) in zip(summed, self.gradients, strict=True) if devices[0] == self.device
+        )
+        yield Combine("square-sum" if counted else "sum", counted, norm)
+        if len(everybody) == 1:
+            return norm
+        yield Collective("all-reduce", norm, next_version(norm), everybody)
+        return next_version(norm)
 
 
 def next_version(value: Value) -> Value:

@@ -170,7 +170,7 @@ def _plan(
     stages: Sequence[Stage],
     warmup: Callable[[int], Sequence[int]],
 ) -> Plan:
-    pipeline = Pipeline(costs, tuple(stages), workload.optimizer)
+    pipeline = Pipeline(costs, tuple(stages), workload.optimizer, clip=workload.clip_norm is not None)
     built: dict[tuple[int, int], Phase] = {}
     phases: list[Phase] = []
     kind = "train" if costs.training else "infer"

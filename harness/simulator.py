@@ -26,6 +26,8 @@ from harness.plan.plan import Phase, Plan
 from harness.trace import EVENTS_KEPT, Event, PhaseTrace, Trace, kind_of, label_of, micro_batch_of
 
 PICOSECONDS = 10**12
+#: Memory traffic of a combination, in times the bytes that it writes (a square-sum: reads). A sum reads two operands.
+TRAFFIC = {"sum": 3, "concat": 2, "slice": 2, "square-sum": 1}
 #: Longest cycle, in iterations, that the periodicity check looks for.
 LONGEST_CYCLE = 4
 
@@ -186,8 +188,7 @@ def _time(phase: Phase, plan: Plan, costs: Costs, cluster: Cluster) -> _Timed:
             fresh = costs.workspace(first, last, action.direction, rows, True) if node in graph.makes_gradients else 0
             timed.workspace[node] = (workspace, max(0, fresh - workspace))
         elif isinstance(action, Combine):
-            # A sum reads two operands and writes one, a concatenation reads and writes.
-            seconds = nbytes * (3 if action.op == "sum" else 2) / device.memory_bandwidth
+            seconds = nbytes * TRAFFIC[action.op] / device.memory_bandwidth
         elif isinstance(action, Step):
             seconds = costs.update_seconds(device, *action.units, nbytes)
         elif isinstance(action, (Load, Store)):

@@ -26,6 +26,7 @@ class Workload:
     `seq_len` is None for image models, whose shape is `image_size` x `image_size` x `num_channels`.
     `decoder_seq_len` is 1 with a classifier head on encoder-decoder models, as PAC measures them.
     `steps` replaces `epochs` when given. `dropout` None keeps the model's own probabilities.
+    `clip_norm` scales the gradients of an update down to this 2-norm of them all, where it is larger; None: never.
     """
 
     model: str
@@ -42,6 +43,7 @@ class Workload:
     steps: int | None = None
     optimizer: str = "sgd"
     learning_rate: float = 1e-2
+    clip_norm: float | None = None
     dtype: str = "float32"
     attn_implementation: str = "eager"
     dropout: float | None = None
@@ -61,6 +63,8 @@ class Workload:
             raise OrreryError(f"seed is {self.seed}; it must be at least 0, and at most {MOST_SEED}.")
         if not 0 < self.learning_rate < math.inf:
             raise OrreryError(f"learning_rate is {self.learning_rate}; it must be a number above 0.")
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise OrreryError(f"clip_norm is {self.clip_norm}; it must be a number above 0.")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise OrreryError(f"dropout is {self.dropout}; it must be a probability from 0 to below 1.")
         if self.batch_size > self.num_samples:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from harness.plan.values import Range, Value
 
 COMPUTE, NIC_OUT, NIC_IN, STORAGE = QUEUES = ("compute", "nic-out", "nic-in", "storage")
-COMBINATIONS = ("sum", "concat", "slice")
-COLLECTIVES = ("all-reduce",)
+COMBINATIONS = ("sum", "concat", "slice", "square-sum")
+COLLECTIVES = ("all-reduce", "reduce-scatter", "all-gather")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,9 @@ class Recv:
 
 @dataclass(frozen=True, slots=True)
 class Combine:
-    """Make one value of several. `op`: "sum" (of nothing: zeros), "concat" or "slice".
+    """Make one value of several. `op`: "sum" (of nothing: zeros), "concat", "slice" or "square-sum".
 
+    A square-sum is one number: the sum of the squares of all elements of the values read.
     With `in_place` the result takes over the memory of the first value read, which is gone.
     """
 
@@ -69,12 +70,18 @@ class Combine:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The optimizer's update of the units [units[0], units[1]): weights and state to their next version, in place."""
+    """The optimizer's update of the units [units[0], units[1]): weights and state to their next version, in place.
+
+    `norm` is the square of the norm of all gradients of the phase together, where they are clipped: the update takes
+    them times min(1, clip_norm / (sqrt(norm) + 1e-6)), with the workload's `clip_norm`, as
+    `torch.nn.utils.clip_grad_norm_` does.
+    """
 
     units: Range
     gradients: tuple[Value, ...]
     reads: tuple[Value, ...]
     writes: tuple[Value, ...]
+    norm: Value | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +115,22 @@ class Collective:
     """A ring collective over `group`, in ring order, stored once per member and expanded by `harness.plan.collectives`.
 
     kind "all-reduce": every member's `value` (its part of a sum) becomes `result`, the whole sum, in place.
+    kind "reduce-scatter": every member's `value` (its part of a sum, whole width) is used up; member r gets `result`,
+    the whole sum of share r.
+    kind "all-gather": every member r has share r as `value`, which stays, and gets `result`, the shares of all.
+
+    `shares` are the elements of each member along the width axis, 0 for a member that has none; they add up to the
+    tensor's width. Without, they are as even as possible, the larger ones first. Share r of a value is its width range,
+    empty where there is nothing. `result` is the tensor of `value`, and may be another version of it.
+    `tiles`: pieces into which a chunk is cut on its way, so that one is summed while the next one travels.
     """
 
     kind: str
     value: Value
     result: Value
     group: tuple[str, ...]
+    shares: tuple[int, ...] = ()
+    tiles: int = 1
 
 
 Action = Compute | Send | Recv | Combine | Step | Load | Store | Free | Commit | Collective
@@ -139,7 +156,8 @@ def reads(action: Action) -> tuple[Value, ...]:
         case Combine():
             return action.reads
         case Step():
-            return (*action.gradients, *action.reads)
+            norm = () if action.norm is None else (action.norm,)
+            return (*action.gradients, *action.reads, *norm)
         case Collective():
             return (action.value,)
         case _:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise, zip_longest
 
 from harness.plan.actions import Action, Collective, Combine, Recv, Send
 from harness.plan.values import Range, Value
@@ -16,40 +16,89 @@ def chunks(width: int, parts: int) -> list[Range]:
     return list(pairwise(edges))
 
 
+def share_ranges(collective: Collective, width: int) -> list[Range]:
+    """The range of each member, in ring order; an empty one for a member that has nothing."""
+    if not collective.shares:
+        return chunks(width, len(collective.group))
+    return list(pairwise(accumulate(collective.shares, initial=0)))
+
+
+def broken_rule(collective: Collective, member: str, width: int) -> str:
+    """What is wrong with the collective as `member` has it, on a tensor of `width` elements; empty: nothing."""
+    group, shares, value, result = collective.group, collective.shares, collective.value, collective.result
+    if len(set(group)) < len(group):
+        twice = next(name for name in group if group.count(name) > 1)
+        return f"{twice} is in the group twice"
+    if shares and (len(shares) != len(group) or min(shares) < 0 or sum(shares) != width):
+        return (
+            f"the shares are {shares}; allowed is one of 0 or more elements for each of the {len(group)} members, "
+            f"{width} elements together, which is the width of {value.name}"
+        )
+    if collective.tiles < 1:
+        return f"tiles is {collective.tiles}; allowed is 1 or more"
+    mine = share_ranges(collective, width)[group.index(member)]
+    before, after = {"reduce-scatter": (None, mine), "all-gather": (mine, None)}.get(collective.kind, (None, None))
+    held, made = value._replace(width=before), value._replace(width=after, version=result.version)
+    if (value, result) != (held, made):
+        return f"{collective.kind} makes {result} of {value}, and should make {made} of {held}"
+    return ""
+
+
 def expand(collective: Collective, member: str, width: int) -> Iterator[Action]:
     """What `member` does for the collective on a tensor of `width` elements.
 
-    Ring all-reduce: a reduce-scatter of n-1 steps, then an all-gather of n-1 steps. In step s member r sends chunk
-    r-s and receives chunk r-s-1 (mod n). All members together send 2 (n-1) times the tensor.
-    Version -(s+1) of a chunk is the sum of s+1 members' parts; version -n is complete.
+    Chunk c is the share of member c. A ring reduce-scatter takes n-1 steps: in step s member r sends chunk f-s and
+    receives chunk f-s-1 (mod n), to which it adds its own part; it ends with chunk f+1. A ring all-gather is the same
+    without sums; it begins with chunk f on member r. A reduce-scatter has f = r-1, so that member r ends with chunk r;
+    an all-gather has f = r; an all-reduce is a reduce-scatter with f = r, then an all-gather with f = r+1.
+
+    Every chunk is cut into `tiles` pieces, as even as possible, and each step goes piece by piece, so that a piece
+    travels while the one before it is summed. Empty pieces are neither sent nor summed. The bytes are those of one
+    piece: all members together send (n-1) times the tensor, in an all-reduce twice that.
+
+    Version -(s+1) of a piece is the sum of s+1 members' parts; version -n is complete. Sums are in place: in the
+    memory of `value`, but for the last step of a reduce-scatter, whose sums are in the memory of what arrives, which
+    becomes the result's. The final concatenation finds all pieces in place: it moves nothing.
     """
-    group, value = collective.group, collective.value
+    group, value, kind = collective.group, collective.value, collective.kind
     n, rank = len(group), group.index(member)
     right, left = group[(rank + 1) % n], group[(rank - 1) % n]
-    ranges = chunks(width, n)
+    pieces = [_pieces(share, collective.tiles) for share in share_ranges(collective, width)]
 
-    def partial(chunk: int, parts: int) -> Value:
-        return Value(value.name, value.micro_batch, value.rows, value.tokens, ranges[chunk], -parts)
+    def piece(tile: Range, version: int) -> Value:
+        return Value(value.name, value.micro_batch, value.rows, value.tokens, tile, version)
 
-    def own(chunk: int) -> Value:
-        return Value(value.name, value.micro_batch, value.rows, value.tokens, ranges[chunk], value.version)
+    first = (rank - 1) % n if kind == "reduce-scatter" else rank
+    parts = n if kind == "all-gather" else 1  # how many members' parts are in what this member begins with
+    for tile in pieces[first]:
+        yield Combine("slice", (piece(tile, value.version),), piece(tile, -parts), in_place=kind != "all-gather")
+    if kind != "all-gather":
+        for step in range(n - 1):
+            last = kind == "reduce-scatter" and step == n - 2
+            for sent, received in zip_longest(pieces[(first - step) % n], pieces[(first - step - 1) % n]):
+                if sent is not None:
+                    yield Send(piece(sent, -step - 1), right)
+                if received is not None:
+                    own, arrived = piece(received, value.version), piece(received, -step - 1)
+                    yield Recv(arrived, left)
+                    operands = (arrived, own) if last else (own, arrived)
+                    yield Combine("sum", operands, piece(received, -step - 2), in_place=True)
+        first = (first + 1) % n
+    if kind != "reduce-scatter":
+        for step in range(n - 1):
+            for sent, received in zip_longest(pieces[(first - step) % n], pieces[(first - step - 1) % n]):
+                if sent is not None:
+                    yield Send(piece(sent, -n), right)
+                if received is not None:
+                    yield Recv(piece(received, -n), left)
+    complete = pieces[rank : rank + 1] if kind == "reduce-scatter" else pieces
+    yield Combine("concat", tuple(piece(t, -n) for tiles in complete for t in tiles), collective.result, in_place=True)
 
-    filled = [low < high for low, high in ranges]  # a tensor may have fewer elements than the ring members
-    if filled[rank]:
-        yield Combine("slice", (own(rank),), partial(rank, 1), in_place=True)
-    for step in range(n - 1):
-        sent, received = (rank - step) % n, (rank - step - 1) % n
-        if filled[sent]:
-            yield Send(partial(sent, step + 1), right)
-        if filled[received]:
-            arrived = partial(received, step + 1)
-            yield Recv(arrived, left)
-            yield Combine("sum", (own(received), arrived), partial(received, step + 2), in_place=True)
-    for step in range(n - 1):
-        sent, received = (rank + 1 - step) % n, (rank - step) % n
-        if filled[sent]:
-            yield Send(partial(sent, n), right)
-        if filled[received]:
-            yield Recv(partial(received, n), left)
-    complete = tuple(partial(chunk, n) for chunk in range(n) if filled[chunk])
-    yield Combine("concat", complete, collective.result, in_place=True)
+
+def _pieces(share: Range, tiles: int) -> list[Range]:
+    """The tiles of a share, without empty ones."""
+    low, high = share
+    count = min(tiles, high - low)
+    if count < 2:
+        return [share] * count
+    return [(low + first, low + last) for first, last in chunks(high - low, count)]

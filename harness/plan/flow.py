@@ -30,7 +30,7 @@ from harness.plan.actions import (
     reads,
     writes,
 )
-from harness.plan.collectives import expand
+from harness.plan.collectives import broken_rule, expand
 from harness.plan.graph import Allocation, Graph, InvalidPlan
 from harness.plan.plan import Phase
 from harness.plan.values import Tensor, Value
@@ -41,13 +41,13 @@ _START = -1  # stands for "since the iteration began" where a node is asked for
 
 
 class _Held:
-    """A value alive on a device: its allocation, who made it, who touched it since."""
+    """A value alive on a device: its memory, who made it, who touched it since."""
 
-    __slots__ = ("allocation", "maker", "touched")
+    __slots__ = ("allocations", "maker", "touched")
 
-    def __init__(self, maker: int, allocation: Allocation | None) -> None:
+    def __init__(self, maker: int, allocations: Sequence[Allocation]) -> None:
         self.maker = maker
-        self.allocation = allocation
+        self.allocations = allocations
         self.touched = [maker]
 
 
@@ -68,12 +68,21 @@ class _Device:
     def _hold(self, value: Value, maker: int, at_end: bool = False, nbytes: int | None = None) -> None:
         tensor = self.builder.tensor(value)
         size = tensor.bytes(value) if nbytes is None else nbytes
-        allocation = None
-        if size:
-            allocation = Allocation(self.index, tensor.kind, size, maker, at_end)
-            self.graph.allocations.append(allocation)
-            self._count(size)
-        self.alive[value] = _Held(maker, allocation)
+        self.alive[value] = _Held(maker, (self._take(tensor.kind, size, maker, at_end),) if size else ())
+
+    def _take(self, kind: str, nbytes: int, node: int, at_end: bool = False) -> Allocation:
+        allocation = Allocation(self.index, kind, nbytes, node, at_end)
+        self.graph.allocations.append(allocation)
+        self._count(nbytes)
+        return allocation
+
+    def _release(self, value: Value) -> None:
+        """The value is gone; its memory is given back when all that touched it has ended."""
+        held = self.alive.pop(value)
+        for allocation in held.allocations:
+            allocation.released = tuple(held.touched)
+            allocation.freed = value
+            self._count(-allocation.nbytes)
 
     def _count(self, nbytes: int) -> None:
         self.bytes += nbytes
@@ -86,7 +95,7 @@ class _Device:
         if held is not None:
             return held
         for whole, held in self.alive.items():
-            if whole.name == value.name and _is_piece(value, whole):
+            if whole.name == value.name and is_piece(value, whole):
                 return held
         raise self.fail(action, f"{value} is read before it is written, or after it is freed")
 
@@ -120,9 +129,7 @@ class _Device:
             case Compute():
                 self._compute(action)
             case Combine():
-                if action.op not in COMBINATIONS:
-                    raise self.fail(action, f"{action.op!r} is none of {', '.join(COMBINATIONS)}")
-                node = self._node(action, _COMPUTE, 0 if action.in_place else self.builder.size(action.write))
+                node = self._node(action, _COMPUTE, self._traffic(action))
                 for value in action.reads:
                     self._link(self._find(value, action), node, value)
                 if action.in_place:
@@ -135,6 +142,17 @@ class _Device:
                     self._link(self._find(value, action), node, value)
                 for value in writes(action):
                     self._write(value, node, action)
+
+    def _traffic(self, action: Combine) -> int:
+        """The bytes that a combination writes, a square-sum reads; none where the result is in place."""
+        if action.op not in COMBINATIONS:
+            raise self.fail(action, f"{action.op!r} is none of {', '.join(COMBINATIONS)}")
+        if action.op != "square-sum":
+            return 0 if action.in_place else self.builder.size(action.write)
+        if action.in_place or (width := self.builder.tensor(action.write).width) != 1:
+            found = "the place of what it reads" if action.in_place else f"{width} elements"
+            raise self.fail(action, f"a square-sum writes one number of its own, and {action.write} has {found}")
+        return sum(map(self.builder.size, action.reads))
 
     def _write(self, value: Value, node: int, action: Action, nbytes: int | None = None, at_end: bool = False) -> None:
         if value in self.alive:
@@ -181,67 +199,102 @@ class _Device:
 
     def _take_over(self, old: Value, new: Value, node: int, action: Action) -> None:
         """`new` takes over the memory of `old`, which is gone."""
-        if old not in self.alive:
-            raise self.fail(action, f"{new} is to take the place of {old}, which is not there")
-        if new in self.alive:
-            raise self.fail(action, f"{new} is written twice")
+        self._check_place(old, new, action)
         held = self.alive.pop(old)
         held.maker = node
         held.touched.append(node)
         self.alive[new] = held
 
+    def _check_place(self, old: Value, new: Value, action: Action) -> None:
+        if old not in self.alive:
+            raise self.fail(action, f"{new} is to take the place of {old}, which is not there")
+        if new in self.alive:
+            raise self.fail(action, f"{new} is written twice")
+
     def _free(self, action: Free) -> None:
         for value in action.values:
             if value not in self.alive:
                 raise self.fail(action, f"{value} is freed twice, or was never written")
-            held = self.alive.pop(value)
-            if held.allocation is not None:
-                held.allocation.released = tuple(held.touched)
-                self._count(-held.allocation.nbytes)
+            self._release(value)
 
     def _collective(self, action: Collective) -> None:
-        """The expansion, with its chunks in a scope of their own; the sum replaces the parts in place."""
+        """The expansion, with its pieces in a scope of their own. Its sums join no queue; those of a step take turns.
+
+        An all-reduce replaces the parts in place. A reduce-scatter leaves its result in the memory of what arrives in
+        its last step, and gives that of the parts back when the last of them is sent or summed. An all-gather takes
+        the memory of the whole: of the member's own share when it is copied, of the rest when the first of it arrives.
+        """
         if action.kind not in COLLECTIVES:
             raise self.fail(action, f"{action.kind!r} is none of {', '.join(COLLECTIVES)}")
         if self.name not in action.group:
             raise self.fail(action, f"{self.name} is not in the group {action.group}")
         if strangers := set(action.group) - set(self.builder.index):
             raise self.fail(action, f"{min(strangers)} of the group is no device of the phase")
-        maker = self._find(action.value, action).maker
-        scope: dict[Value, int] = {}
-        graph, builder, complete = self.graph, self.builder, -len(action.group)
-        tensor = builder.tensor(action.value)
+        graph, builder, tensor = self.graph, self.builder, self.builder.tensor(action.value)
+        if broken := broken_rule(action, self.name, tensor.width):
+            raise self.fail(action, broken)
+        held = self._find(action.value, action)
+        gathers, n = action.kind == "all-gather", len(action.group)
+        in_place = action.kind == "all-reduce" or (n == 1 and not gathers)
+        lasting = 1 - n if action.kind == "reduce-scatter" else -n  # what arrives in this version lands in the result
+        own = tensor.bytes(action.value) if gathers else 0
+        made: list[Allocation] = []
         arrived: Allocation | None = None
-        last = maker
+        landed = False
+        scope: dict[Value, int] = {}
+        sent = last = maker = held.maker
+        tiled, turn = action.tiles > 1, 0  # the version that the sum before belongs to
         for part in expand(action, self.name, tensor.width):
             if isinstance(part, Send):
-                node = builder.transfer((self.index, builder.index[part.peer]), part, self)
+                sent = node = builder.transfer((self.index, builder.index[part.peer]), part, self)
                 graph.then[scope[part.value]].append(node)
                 graph.waits[node] += 1
             elif isinstance(part, Recv):
                 node = builder.transfer((builder.index[part.peer], self.index), part, self)
                 scope[part.value] = node
-                if part.value.version != complete:  # a part to be added; complete chunks land in place
-                    arrived = Allocation(self.index, tensor.kind, tensor.bytes(part.value), node)
-                    graph.allocations.append(arrived)
-                    self._count(arrived.nbytes)
+                if part.value.version != lasting:
+                    arrived = self._take(tensor.kind, tensor.bytes(part.value), node)
+                elif not (in_place or landed):
+                    made.append(self._take(tensor.kind, tensor.bytes(action.result) - own, node))
+                    landed = True
             else:
                 assert isinstance(part, Combine)
-                node = builder.add(part, self.index, tensor.bytes(part.write) if part.op == "sum" else 0)
+                sums = part.op == "sum"
+                node = builder.add(part, self.index, tensor.bytes(part.write) if sums or not part.in_place else 0)
                 graph.unqueued.add(node)
-                for value in part.reads:
+                for value in part.reads or (action.value,):
                     source = scope.get(value, maker)
                     if source == _START:
                         graph.live_readers.append((node, self.index, value.name))
                     else:
                         graph.then[source].append(node)
                         graph.waits[node] += 1
+                if tiled and not (part.in_place and not sums):
+                    if part.write.version == turn:
+                        graph.then[last].append(node)
+                        graph.waits[node] += 1
+                    turn = part.write.version
                 scope[part.write] = last = node
-                if arrived is not None and part.op == "sum":
+                if arrived is not None:
                     arrived.released = (node,)
                     self._count(-arrived.nbytes)
                     arrived = None
-        self._take_over(action.value, action.result, last, action)
+                elif not part.in_place:
+                    held.touched.append(node)
+                    if not made:
+                        made.append(self._take(tensor.kind, own, node))
+        if in_place:
+            self._take_over(action.value, action.result, last, action)
+        elif gathers:
+            if action.result in self.alive:
+                raise self.fail(action, f"{action.result} is written twice")
+            self.alive[action.result] = _Held(last, made)
+        else:
+            self._check_place(action.value, action.result, action)
+            held.touched += (sent, last)
+            self._release(action.value)
+            self.alive[action.result] = _Held(last, made)
+        self.alive[action.result].touched.append(sent)
 
     def finish(self) -> None:
         """What is alive at the end must be what the phase leaves, whatever the versions."""
@@ -323,7 +376,7 @@ class _Builder:
             )
 
 
-def _is_piece(piece: Value, whole: Value) -> bool:
+def is_piece(piece: Value, whole: Value) -> bool:
     """The same tensor, micro-batch and version, and every range of the piece within the whole's."""
     if (piece.micro_batch, piece.version) != (whole.micro_batch, whole.version):
         return False

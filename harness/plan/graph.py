@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from harness.plan.actions import Action, Load, Send, Store
+from harness.plan.values import Value
 
 
 class InvalidPlan(Exception):
@@ -15,7 +16,7 @@ class InvalidPlan(Exception):
 class Allocation:
     """Bytes of one kind on one device: from the start (or end) of `taken` to the last end among `released`.
 
-    Node -1 is the start of the iteration; `released` None: beyond its end.
+    Node -1 is the start of the iteration; `released` None: beyond its end. `freed`: the value that is gone then.
     """
 
     device: int
@@ -24,6 +25,7 @@ class Allocation:
     taken: int
     at_end: bool = False
     released: tuple[int, ...] | None = None
+    freed: Value | None = None
 
 
 @dataclass

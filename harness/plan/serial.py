@@ -36,7 +36,13 @@ one micro-batch of two rows:
     }
 
 The other actions: send and recv (value, peer), combine (op, reads, write, in_place), load and store (value),
-commit, collective (kind, value, result, group).
+commit, collective (kind, value, result, group, shares, tiles). A step that clips its gradients also has a norm.
+One member of three in the ring that sums up a tensor 100 wide and leaves each member its share of the sum:
+
+    {"do": "collective", "kind": "reduce-scatter", "value": "h", "result": "h[w60:100].v1",
+     "group": ["device0", "device1", "device2"], "shares": [60, 0, 40], "tiles": 4}
+
+(member 2). Kinds are all-reduce, reduce-scatter and all-gather; without shares they are as even as possible.
 Reading checks form and names only; whether the plan is right is for `harness.plan.validate` to say.
 """
 
@@ -52,7 +58,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 from harness.costs import DIRECTIONS
 from harness.errors import OrreryError, unknown_name
 from harness.plain import is_plain
-from harness.plan.actions import Action, Collective, Combine, Compute
+from harness.plan.actions import COLLECTIVES, COMBINATIONS, Action, Collective, Combine, Compute
 from harness.plan.plan import Phase, Plan
 from harness.plan.values import KINDS, Range, Tensor, Value
 
@@ -63,8 +69,8 @@ DO_OF = {cls: do for do, cls in ACTION_OF.items()}
 WORDS: dict[tuple[type, str], tuple[str, ...]] = {
     (Tensor, "kind"): KINDS,
     (Compute, "direction"): DIRECTIONS,
-    (Combine, "op"): ("sum", "concat", "slice"),
-    (Collective, "kind"): ("all-reduce",),
+    (Combine, "op"): COMBINATIONS,
+    (Collective, "kind"): COLLECTIVES,
 }
 LINE = 120
 
@@ -253,7 +259,7 @@ class _Reader:
 
     def read(self, hint: Any, data: Any, place: str) -> Any:
         """`data` as the type `hint`."""
-        if hint is Value:
+        if hint in (Value, Value | None):
             return self.value(data, place)
         if hint is str:
             return data if isinstance(data, str) and is_plain(data) else self.fail(place, data, "a Unicode text")

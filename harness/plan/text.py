@@ -53,7 +53,8 @@ def notation(plan: Plan, action: Action) -> str:
             place = " in place" if action.in_place else ""
             return f"{action.op} {_listed(map(str, action.reads), ' + ') or 'of nothing'} -> {action.write}{place}"
         case Step():
-            return f"step {_listed(map(str, action.writes))}"
+            clipped = "" if action.norm is None else f" clipped by {action.norm}"
+            return f"step {_listed(map(str, action.writes))}{clipped}"
         case Load() | Store():
             return f"{type(action).__name__.lower()} {_sized(plan, action.value)}"
         case Free():
@@ -61,7 +62,10 @@ def notation(plan: Plan, action: Action) -> str:
         case Commit():
             return "commit"
         case Collective():
-            return f"{action.kind} {_sized(plan, action.value)} ({_listed(action.group)})"
+            result = "" if action.kind == "all-reduce" else f" -> {action.result}"
+            shares = f" shares {_listed(map(str, action.shares))}" if action.shares else ""
+            tiles = f" in {action.tiles} tiles" if action.tiles > 1 else ""
+            return f"{action.kind} {_sized(plan, action.value)}{result} ({_listed(action.group)}){shares}{tiles}"
 
 
 def _lines(plan: Plan, max_actions: int) -> Iterator[str]:

@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 from baselines import eddl, gpipe, pipedream_1f1b, standalone
 from harness.costs import BACKWARD, FORWARD
 from harness.errors import OrreryError, OutOfMemory, Unsupported
+from harness.plan import Collective, Combine, Free, Step, Tensor, Value
+from harness.plan.serial import to_json
+from harness.plan.validate import validate
 from harness.schedules import micro_batches, one_f_one_b, split
 from harness.search import balanced_cuts, overflow
 from harness.simulator import simulate
@@ -84,6 +87,36 @@ def test_a_tight_budget_gives_smaller_micro_batches_and_then_out_of_memory(metho
     assert smaller.summary["micro_batch_size"] < 16
     with pytest.raises(OutOfMemory, match=r"device\d needs .* MiB missing"):
         method.plan(WORKLOAD, costs, cluster(4, memory_bytes=100), method.OPTIONS)
+
+
+@pytest.mark.parametrize("method", [standalone, eddl, gpipe, pipedream_1f1b])
+def test_every_method_clips_where_the_workload_says_so(method):
+    """And is otherwise the same plan: the norm, its ring, and what reads and frees it are all that is added."""
+    costs, testbed = chain(8), cluster(4)
+    options = {**method.OPTIONS, "micro_batch_size": 4}
+    plain = method.plan(WORKLOAD, costs, testbed, options)
+    clipped = method.plan(dataclasses.replace(WORKLOAD, clip_norm=1.0), costs, testbed, options)
+    validate(clipped, costs)
+    assert "norm" not in to_json(plain)
+    assert clipped.tensors == {**plain.tensors, "norm": Tensor("buffers", 1, 1, 4)}
+
+    def of_the_norm(action):
+        match action:
+            case Combine(write=Value(name="norm")) | Collective(value=Value(name="norm")):
+                return True
+            case Free(values=(Value(name="norm"),)):
+                return True
+        return False
+
+    for before, after in zip(plain.phases, clipped.phases, strict=True):
+        for device, actions in after.actions.items():
+            assert all(action.norm is not None for action in actions if isinstance(action, Step))
+            rest = [a for a in actions if not of_the_norm(a)]
+            rest = [dataclasses.replace(a, norm=None) if isinstance(a, Step) else a for a in rest]
+            assert tuple(rest) == before.actions[device]
+    serving = chain(8, training=False)
+    asked = dataclasses.replace(WORKLOAD, technique="inference", clip_norm=1.0)
+    assert "norm" not in to_json(method.plan(asked, serving, testbed, options))
 
 
 def test_eddl_shares_rows_by_speed_on_request():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import networkx
@@ -69,6 +70,86 @@ def test_uneven_all_reduce_moves_no_byte_too_many():
     pipeline = Pipeline(chain(1, parameters=numel), (Stage((0, 1), tuple(f"device{i}" for i in range(n)), (1,) * n),))
     plan = Plan("test", 1, pipeline.tensors, (pipeline.phase((n,), [1]),))
     assert simulate(plan, pipeline.costs, cluster(n)).comm_bytes == 2 * (n - 1) * 4 * numel
+
+
+def ring(kind: str, shares: tuple[int, ...], tiles: int = 1, width: int = 0) -> Plan:
+    """One collective alone, on zeros of 4 bytes an element; without a width the shares are said."""
+    said, width = () if width else shares, width or sum(shares)
+    group = tuple(f"device{i}" for i in range(len(shares)))
+    actions = {}
+    for name, share in zip(group, itertools.pairwise(itertools.accumulate(shares, initial=0)), strict=True):
+        value = Value("h", width=share if kind == "all-gather" else None)
+        result = Value("h", width=share if kind == "reduce-scatter" else None, version=1)
+        spent = (value, result) if kind == "all-gather" else (result,)
+        actions[name] = (Combine("sum", (), value), Collective(kind, value, result, group, said, tiles), Free(spent))
+    phase = Phase("ring", (), {}, actions, {}, training=False)
+    return Plan("test", 0, {"h": Tensor("activations", 1, width, 4)}, (phase,))
+
+
+STEPS = {"all-reduce": 2, "reduce-scatter": 1, "all-gather": 1}
+
+
+@given(st.sampled_from(sorted(STEPS)), st.integers(2, 6), st.integers(1, 9), st.booleans())
+def test_ring_time_and_memory_of_even_shares(kind, n, chunk, said):
+    """(n-1) steps of chunk/bandwidth + latency, in an all-reduce twice.
+
+    The whole, and beside it a chunk to be added or left; a share is given back when it is copied into the whole.
+    """
+    plan = ring(kind, (chunk,) * n, width=0 if said else n * chunk)
+    trace = simulate(plan, chain(1), cluster(n, bandwidth=1e6, latency_s=1e-3))
+    assert trace.total_s == pytest.approx(STEPS[kind] * (n - 1) * (4 * chunk / 1e6 + 1e-3), abs=1e-11)
+    assert trace.comm_bytes == STEPS[kind] * (n - 1) * 4 * chunk * n
+    assert set(trace.peak_bytes.values()) == {4 * chunk * (n + (kind != "all-gather"))}
+
+
+@st.composite
+def uneven_rings(draw: st.DrawFn) -> tuple[str, tuple[int, ...]]:
+    shares = st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(any)
+    return draw(st.sampled_from(sorted(STEPS))), tuple(draw(shares))
+
+
+@given(uneven_rings(), st.integers(2, 5), st.sampled_from([1e5, 1e6, 1e7, math.inf]))
+def test_tiles_move_the_same_bytes_and_are_never_slower(kind_and_shares, tiles, memory_bandwidth):
+    kind, shares = kind_and_shares
+    testbed = cluster(len(shares), bandwidth=1e6, latency_s=1e-4, memory_bandwidth=memory_bandwidth)
+    whole, tiled = (simulate(ring(kind, shares, count), chain(1), testbed) for count in (1, tiles))
+    assert tiled.link_bytes == whole.link_bytes
+    assert tiled.comm_bytes == STEPS[kind] * (len(shares) - 1) * 4 * sum(shares)
+    assert tiled.total_s <= whole.total_s + 1e-9
+    for trace in (whole, tiled):
+        assert all(points[-1][1] == 0 for points in trace.memory_timeline.values())
+
+
+def test_tiles_hide_sums_behind_transfers():
+    """Two members, 4 s of transfer and 4 s of sums in one piece; in four pieces only one sum of 1 s remains."""
+    value = 10**6
+    testbed = cluster(2, bandwidth=1e6, memory_bandwidth=3e6)
+    zeros = 3 * 8 * value / 3e6
+    one, four = (
+        simulate(ring("reduce-scatter", (value, value), tiles), chain(1), testbed).total_s - zeros for tiles in (1, 4)
+    )
+    assert (one, four) == (pytest.approx(4 + 4), pytest.approx(4 + 1))
+
+
+def test_sums_of_one_step_take_turns():
+    """However many tiles, a sum is 3 times its bytes over memory bandwidth: 12 s here, behind a fast link."""
+    testbed = cluster(2, bandwidth=math.inf, memory_bandwidth=1e6)
+    times = [simulate(ring("reduce-scatter", (10**6, 10**6), t), chain(1), testbed).total_s for t in (1, 2, 8)]
+    assert times == [pytest.approx(3 * 8 + 3 * 4)] * 3
+
+
+@given(st.integers(1, 5), st.sampled_from([1e6, 1e9]))
+def test_clipping_costs_a_pass_over_the_gradients_and_a_ring_of_one_number(n, memory_bandwidth):
+    """The number goes round twice: summed on the way, then to all."""
+    testbed = cluster(n, bandwidth=1e6, latency_s=1e-3, memory_bandwidth=memory_bandwidth)
+    stages = (Stage((0, 1), tuple(f"device{i}" for i in range(n)), (1,) * n),)
+    plain, clipped = (
+        simulate(Plan("test", 1, p.tensors, (p.phase((n,), [1]),)), p.costs, testbed)
+        for p in (Pipeline(chain(1), stages, clip=clip) for clip in (False, True))
+    )
+    extra = 4 * 840 / memory_bandwidth + (n - 1) * (2 * (4 / 1e6 + 1e-3) + 3 * 4 / memory_bandwidth)
+    assert clipped.total_s - plain.total_s == pytest.approx(extra, abs=1e-10)
+    assert clipped.comm_bytes - plain.comm_bytes == 2 * (n - 1) * 4
 
 
 @given(st.integers(1, 6), st.integers(1, 9))

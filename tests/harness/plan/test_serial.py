@@ -33,6 +33,7 @@ from harness.plan import (
     Tensor,
     Value,
 )
+from harness.plan.actions import COLLECTIVES, COMBINATIONS
 from harness.plan.serial import from_json, parse_value, to_json
 from harness.plan.values import KINDS
 
@@ -69,13 +70,21 @@ actions = st.one_of(
     st.builds(Compute, ranges, st.sampled_from(DIRECTIONS), counts, ranges, tuples, tuples, tuples, tuples),
     st.builds(Send, values(), peers),
     st.builds(Recv, values(), peers),
-    st.builds(Combine, st.sampled_from(("sum", "concat", "slice")), tuples, values(), st.booleans()),
-    st.builds(Step, ranges, tuples, tuples, tuples),
+    st.builds(Combine, st.sampled_from(COMBINATIONS), tuples, values(), st.booleans()),
+    st.builds(Step, ranges, tuples, tuples, tuples, st.none() | values()),
     st.builds(Load, values()),
     st.builds(Store, values()),
     st.builds(Free, tuples),
     st.just(Commit()),
-    st.builds(Collective, st.just("all-reduce"), values(), values(), st.just(DEVICES)),
+    st.builds(
+        Collective,
+        st.sampled_from(COLLECTIVES),
+        values(),
+        values(),
+        st.just(DEVICES),
+        st.lists(counts, max_size=2).map(tuple),
+        st.integers(1, 9),
+    ),
 )
 phases = st.builds(
     Phase,
@@ -126,8 +135,8 @@ def test_a_plan_survives_the_round_trip(plan: Plan) -> None:
 def test_every_action_field_has_a_type_that_the_format_knows() -> None:
     """A new action, or a new field, either fits the format or fails here."""
     hints = {hint for cls in get_args(Action) for hint in get_type_hints(cls).values()}
-    ranged, texts, several = tuple[int, int], tuple[str, ...], tuple[Value, ...]
-    assert hints <= {str, int, bool, Value, ranged, texts, several}
+    ranged, texts, several, counts = tuple[int, int], tuple[str, ...], tuple[Value, ...], tuple[int, ...]
+    assert hints <= {str, int, bool, Value, Value | None, ranged, texts, several, counts}
     assert set(serial.ACTION_OF.values()) == set(get_args(Action))
     assert serial.WORDS[Tensor, "kind"] == KINDS
 
@@ -135,7 +144,7 @@ def test_every_action_field_has_a_type_that_the_format_knows() -> None:
 def by_hand() -> str:
     """The example of the module's docstring."""
     text = textwrap.dedent(serial.__doc__ or "").split("micro-batch of two rows:\n")[1]
-    return text[: text.rindex("}") + 1]
+    return text.split("\nThe other actions")[0]
 
 
 def test_the_documented_example_means_what_it_says() -> None:
@@ -153,6 +162,29 @@ def test_the_documented_example_means_what_it_says() -> None:
     )
     tensors = {"weights": Tensor("weights", 1, 100, 4), "gradients": Tensor("gradients", 1, 100, 4)}
     assert from_json(by_hand()) == Plan("by-hand", 1, tensors, (phase,))
+
+
+def test_the_documented_collective_and_a_step_that_clips_are_read() -> None:
+    """The collective of the module's docstring, in the place of the example's first action."""
+    line = textwrap.dedent(serial.__doc__ or "").split("its share of the sum:\n\n")[1].split("\n(member 2)")[0]
+    old = '{"do": "compute", "units": "0:1", "direction": "forward", "micro_batch": 0, "rows": "0:2",\n'
+    text = by_hand().replace(old + '          "weights": ["weights"]}', line.replace('"h', '"gradients'))
+    text = text.replace('"writes": ["weights.v1"]', '"writes": ["weights.v1"], "norm": "gradients[w0:1]"')
+    collective, _, step, _ = from_json(text).phases[0].actions["device0"]
+    whole, share = Value("gradients"), Value("gradients", width=(60, 100), version=1)
+    group = ("device0", "device1", "device2")
+    assert collective == Collective("reduce-scatter", whole, share, group, (60, 0, 40), 4)
+    assert isinstance(step, Step) and step.norm == Value("gradients", width=(0, 1))
+
+
+def test_what_has_its_default_is_not_written() -> None:
+    """Plans look as they did before actions had these fields."""
+    reduce = Collective("all-reduce", Value("gradients"), Value("gradients", version=1), DEVICES)
+    one = from_json(by_hand())
+    (train,) = one.phases
+    actions = {"device0": (*train.actions["device0"], reduce)}
+    text = to_json(replace(one, phases=(replace(train, actions=actions),)))
+    assert not any(f'"{field}"' in text for field in ("shares", "tiles", "norm"))
 
 
 def test_equal_phases_are_stored_once_and_come_back_as_one_object() -> None:
@@ -193,6 +225,7 @@ def test_equal_phases_are_stored_once_and_come_back_as_one_object() -> None:
         ('["gradients"]}', '["gradient"]}', "There is no tensor called 'gradient'. Did you mean gradients"),
         ('["gradients"]}', '["gradients#"]}', 'accumulates[0] is "gradients#"; allowed is a value like'),
         ('["gradients"]}', '"gradients"}', 'accumulates is "gradients"; allowed is a list [...]'),
+        ('"writes"', '"norm": null, "writes"', "device0[2].norm is null; allowed is a value like"),
         ('"values"', '"value"', "device0[3]: There is no key called 'value'. Did you mean values"),
         ('"width": 100, "itemsize": 4}', '"width": 100, "itemsize": 4, "per_row": true}', "rows, like weights[r0:2]"),
         ('"body": "body0"', '"body": "body1"', 'phases[0].body is "body1"; allowed is one of body0'),

@@ -60,7 +60,16 @@ def plan_of(actions: tuple[Action, ...], num_devices: int = 1) -> Plan:
             Collective("all-reduce", GRADIENTS, GRADIENTS._replace(version=1), ("device0", "device1", "device2")),
             "all-reduce gradients@0:12 4 KiB (device0, device1, device2)",
         ),
+        (
+            Collective("reduce-scatter", GRADIENTS, GRADIENTS._replace(width=(0, 600)), ("d0", "d1"), (600, 424), 3),
+            "reduce-scatter gradients@0:12 4 KiB -> gradients@0:12[w0:600] (d0, d1) shares 600, 424 in 3 tiles",
+        ),
         (Step((0, 12), (GRADIENTS,), (WEIGHTS,), (WEIGHTS._replace(version=1),)), "step weights@0:12.v1"),
+        (
+            Step((0, 12), (GRADIENTS,), (WEIGHTS,), (WEIGHTS._replace(version=1),), Value("norm", version=1)),
+            "step weights@0:12.v1 clipped by norm.v1",
+        ),
+        (Combine("square-sum", (GRADIENTS,), Value("norm")), "square-sum gradients@0:12 -> norm"),
         (Combine("sum", (), GRADIENTS), "sum of nothing -> gradients@0:12"),
         (Combine("concat", (HIDDEN, HIDDEN), HIDDEN, True), f"concat {HIDDEN} + {HIDDEN} -> {HIDDEN} in place"),
         (Load(WEIGHTS), "load weights@0:12 4 KiB"),

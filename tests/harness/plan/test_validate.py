@@ -20,7 +20,7 @@ from tests.harness.toys import chain, cluster
 
 @st.composite
 def pipelines(draw: st.DrawFn, min_devices: int = 1) -> Plan:
-    """Random cuts, group sizes, uneven shares, micro-batches, warm-ups and ties."""
+    """Random cuts, group sizes, uneven shares, micro-batches, warm-ups and ties, with clipping or without."""
     num_layers = draw(st.integers(1, 6))
     num_stages = draw(st.integers(1, num_layers))
     cuts = (
@@ -37,7 +37,8 @@ def pipelines(draw: st.DrawFn, min_devices: int = 1) -> Plan:
         count += size
     assume(count >= min_devices)
     costs = chain(num_layers, tied=draw(st.booleans()))
-    pipeline = Pipeline(costs, tuple(stages), draw(st.sampled_from(["sgd", "sgd-momentum", "adamw"])))
+    optimizer = draw(st.sampled_from(["sgd", "sgd-momentum", "adamw"]))
+    pipeline = Pipeline(costs, tuple(stages), optimizer, clip=draw(st.booleans()))
     batches = micro_batches(draw(st.integers(1, 9)), draw(st.integers(1, 9)))
     warmup = [draw(st.integers(1, 2 * num_stages)) for _ in stages]
     warmup = [max(warmup[p:]) for p in range(num_stages)]  # an earlier stage is never behind a later one
@@ -91,10 +92,10 @@ def test_freeing_twice_is_rejected(plan, data):
         check(with_actions(plan, device, [*actions[: index + 1], actions[index], *actions[index + 1 :]]))
 
 
-def two_stages(tied: bool = False, group: int = 1) -> Plan:
+def two_stages(tied: bool = False, group: int = 1, clip: bool = False) -> Plan:
     devices = tuple(f"device{i}" for i in range(2 * group))
     stages = (Stage((0, 2), devices[:group], (1,) * group), Stage((2, 4), devices[group:], (1,) * group))
-    pipeline = Pipeline(chain(4, tied=tied), stages)
+    pipeline = Pipeline(chain(4, tied=tied), stages, clip=clip)
     return Plan("test", 4, pipeline.tensors, (pipeline.phase((2, 2), [2, 1]),))
 
 
@@ -301,3 +302,217 @@ def test_unknown_kinds_and_strangers_are_named():
     )
     with pytest.raises(InvalidPlan, match="'average' is none of sum, concat, slice"):
         validate(Plan("test", 0, {"x": Tensor("activations", 1, 4)}, (average,)), chain(1))
+
+
+WIDTH, GROUP = 10, ("device0", "device1", "device2")
+H = Value("h")
+
+
+def ring(kind: str, before: tuple, after: tuple, **fields) -> Plan:
+    """Three devices, each with zeros in the width range before[rank], and the collective that leaves after[rank]."""
+    actions = {}
+    for rank, name in enumerate(GROUP):
+        value, result = H._replace(width=before[rank]), H._replace(width=after[rank], version=1)
+        stays = (value,) if kind == "all-gather" else ()
+        collective = replace(Collective(kind, value, result, GROUP), **fields)
+        actions[name] = (Combine("sum", (), value), collective, Free((*stays, result)))
+    phase = Phase("ring", (), {}, actions, {}, training=False)
+    return Plan("test", 0, {"h": Tensor("activations", 1, WIDTH, 4), "x": Tensor("activations", 1, WIDTH)}, (phase,))
+
+
+ALL = (None, None, None)
+UNEVEN = ((0, 6), (6, 6), (6, 10))
+
+
+@pytest.mark.parametrize("tiles", [1, 3])
+@pytest.mark.parametrize(
+    ("kind", "before", "after", "peak"),
+    [
+        # The whole and what arrives; the whole and the share; the whole and the share it is copied from.
+        ("all-reduce", ALL, ALL, {1: 40 + 24, 3: 40 + 8}),
+        ("reduce-scatter", ALL, UNEVEN, {1: 40 + 24, 3: 40 + 24}),
+        ("all-gather", UNEVEN, ALL, {1: 24 + 40, 3: 24 + 40}),
+    ],
+)
+def test_memory_of_collectives_with_uneven_shares(kind, before, after, peak, tiles):
+    high = validate(ring(kind, before, after, shares=(6, 0, 4), tiles=tiles), chain(1))
+    assert max(high.values()) == peak[tiles]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("all-reduce", {"shares": (6, 0, 5)}, r"shares are \(6, 0, 5\); allowed is .* 3 members, 10 elements together"),
+        ("all-reduce", {"shares": (6, 4)}, r"shares are \(6, 4\); allowed is .* each of the 3 members"),
+        ("all-reduce", {"shares": (11, 0, -1)}, r"shares are \(11, 0, -1\); allowed is one of 0 or more"),
+        ("all-reduce", {"tiles": 0}, "tiles is 0; allowed is 1 or more"),
+        ("all-reduce", {"group": (*GROUP, "device1")}, "device1 is in the group twice"),
+        ("all-reduce", {"result": H}, "h is written twice"),
+        ("all-reduce", {"result": Value("x", version=1)}, "makes x.v1 of h, and should make h.v1 of h"),
+        ("all-reduce", {"result": H._replace(width=(0, 4))}, r"makes h\[w0:4\] of h, and should make h of h"),
+        ("reduce-scatter", {"shares": (6, 0, 4)}, r"makes h\[w0:4\].v1 of h, and should make h\[w0:6\].v1 of h"),
+        ("all-gather", {"shares": (6, 0, 4)}, r"makes h.v1 of h\[w0:4\], and should make h.v1 of h\[w0:6\]"),
+    ],
+)
+def test_a_collective_that_breaks_a_rule_is_named(kind, fields, message):
+    even = ((0, 4), (4, 7), (7, 10))
+    before, after = (even if kind == "all-gather" else ALL), (even if kind == "reduce-scatter" else ALL)
+    validate(ring(kind, before, after), chain(1))
+    with pytest.raises(InvalidPlan, match=f"'ring': device0: collective: .*{message}"):
+        validate(ring(kind, before, after, **fields), chain(1))
+
+
+def test_members_that_cut_differently_are_refused():
+    plan = ring("all-reduce", ALL, ALL)
+    actions = [replace(a, tiles=2) if isinstance(a, Collective) else a for a in plan.phases[0].actions["device1"]]
+    with pytest.raises(InvalidPlan, match=r"receives h\[w.*\].v-1 from .* never sends it|sends .* never receives it"):
+        validate(with_actions(plan, "device1", actions), chain(1))
+
+
+def test_what_a_collective_leaves_must_not_be_there():
+    plan = ring("all-gather", ((0, 4), (4, 7), (7, 10)), ALL)
+    mine = plan.phases[0].actions["device1"]
+    with pytest.raises(InvalidPlan, match=r"device1: collective: h.v1 is written twice"):
+        validate(with_actions(plan, "device1", [Combine("sum", (), H._replace(version=1)), *mine]), chain(1))
+    scatter = ring("reduce-scatter", ALL, ((0, 4), (4, 7), (7, 10)))
+    mine = scatter.phases[0].actions["device1"]
+    with pytest.raises(InvalidPlan, match=r"device1: free: h is freed twice"):
+        validate(with_actions(scatter, "device1", [*mine, Free((H,))]), chain(1))
+
+
+def test_gradients_are_followed_through_uneven_all_reduces_and_nothing_else():
+    def change(**fields):
+        return lambda a: [replace(a, **fields)] if isinstance(a, Collective) else [a]
+
+    plan = two_stages(group=2)
+    width = plan.tensors["gradients@0:2"].width
+    for device in ("device0", "device1"):
+        plan = mutate(plan, device, change(shares=(width, 0), tiles=3))
+    check(plan)
+    one = Pipeline(chain(1), (Stage((0, 1), ("device0",), (1,)),))
+    plan = Plan("test", 1, one.tensors, (one.phase((1,), [1]),))
+    scattered = Value("gradients@0:1", width=(0, 840), version=1)
+
+    def scatter(action):
+        match action:
+            case Step(gradients=(gradient,)):
+                collective = Collective("reduce-scatter", gradient, scattered, ("device0",))
+                return [collective, replace(action, gradients=(scattered,))]
+            case Free(values=values) if any(v.name.startswith("gradients") for v in values):
+                return [Free((scattered,))]
+        return [action]
+
+    with pytest.raises(InvalidPlan, match=r"reduce-scatter of gradients@0:1: .* followed through an all-reduce only"):
+        check(mutate(plan, "device0", scatter))
+
+
+def test_collectives_of_activations_take_part_in_training():
+    """Beside its step, each device scatters and gathers a tensor of its own."""
+    plan = two_stages()
+    for rank, device in enumerate(plan.devices):
+        share = H._replace(width=(5 * rank, 5 * rank + 5), version=1)
+        beside = [
+            Combine("sum", (), H),
+            Collective("reduce-scatter", H, share, plan.devices),
+            Collective("all-gather", share, H._replace(version=2), plan.devices),
+            Free((share, H._replace(version=2))),
+        ]
+        plan = with_actions(plan, device, [*beside, *plan.phases[0].actions[device]])
+    check(replace(plan, tensors={**plan.tensors, "h": Tensor("activations", 1, WIDTH, 4)}))
+
+
+NORM, SUMMED = Value("norm"), Value("norm", version=1)
+
+
+def test_a_step_reads_the_norm_of_every_gradient_once():
+    """Replicas and tied copies count on the first device that holds them."""
+    plan = two_stages(tied=True, group=2, clip=True)
+    check(plan)
+    made = {d: a for d in plan.devices for a in plan.phases[0].actions[d] if isinstance(a, Combine) and a.write == NORM}
+    counted = {device: (action.op, [str(value) for value in action.reads]) for device, action in made.items()}
+    assert counted == {
+        "device0": ("square-sum", ["gradients@0:2.v1", "gradients:w0.v1"]),
+        "device1": ("sum", []),
+        "device2": ("square-sum", ["gradients@2:4.v1"]),
+        "device3": ("sum", []),
+    }
+    assert all(a.norm == SUMMED for d in plan.devices for a in plan.phases[0].actions[d] if isinstance(a, Step))
+
+
+def counts(*gradients: str):
+    """Make the norm of these gradients instead."""
+    reads_ = tuple(Value(name, version=1) for name in gradients)
+    return lambda a: [replace(a, op="square-sum" if reads_ else "sum", reads=reads_)] if is_norm(a) else [a]
+
+
+def is_norm(action: object) -> bool:
+    return isinstance(action, Combine) and action.write == NORM
+
+
+def without_norm(action):
+    return [replace(action, norm=None)] if isinstance(action, Step) else [action]
+
+
+@pytest.mark.parametrize(
+    ("device", "change", "message"),
+    [
+        ("device1", counts("gradients@0:2"), r"the norm norm.v1 counts gradients@0:2 2 times, and should 1"),
+        ("device2", counts(), r"the norm norm.v1 counts gradients@2:4 0 times, and should 1"),
+        ("device2", counts("gradients@2:4", "gradients@2:4"), r"norm.v1 counts gradients@2:4 2 times, and should 1"),
+        ("device3", without_norm, r"device3: the step of \(2, 4\) reads no norm, and others do"),
+    ],
+)
+def test_a_norm_that_is_not_that_of_all_gradients_is_refused(device, change, message):
+    with pytest.raises(InvalidPlan, match=message):
+        check(mutate(two_stages(group=2, clip=True), device, change))
+
+
+def test_a_norm_that_is_not_summed_over_the_devices_is_refused():
+    plan = two_stages(clip=True)
+
+    def alone(action):
+        match action:
+            case Collective(value=Value(name="norm")):
+                return []
+            case Step():
+                return [replace(action, norm=NORM)]
+            case Free(values=(Value(name="norm"),)):
+                return [Free((NORM,))]
+        return [action]
+
+    for device in plan.devices:
+        plan = mutate(plan, device, alone)
+    with pytest.raises(InvalidPlan, match=r"device0: the norm norm counts gradients@2:4 0 times, and should 1"):
+        check(plan)
+
+
+def test_a_norm_of_a_part_of_a_gradient_is_refused():
+    """Squares of one replica's part, before the sum over the replicas."""
+    plan = two_stages(group=2, clip=True)
+
+    def before_the_sum(action):
+        if is_norm(action):
+            return []
+        if isinstance(action, Collective) and action.value.name == "gradients@0:2":
+            return [Combine("square-sum", (action.value,), NORM), action]
+        return [action]
+
+    with pytest.raises(InvalidPlan, match=r"device0: the gradient gradients@0:2 lacks \(\(0, 2\), 0, \(1, 2\)\)"):
+        check(mutate(plan, "device0", before_the_sum))
+
+
+def test_a_square_sum_is_one_number():
+    tensors = {"x": Tensor("buffers", 1, 4), "norm": Tensor("buffers", 1, 1)}
+    x = Value("x")
+
+    def squares(write: Value, in_place: bool = False) -> Plan:
+        made = Combine("square-sum", (x,), write, in_place)
+        free = Free((write,) if in_place else (x, write))
+        phase = Phase("p", (), {}, {"device0": (Combine("sum", (), x), made, free)}, {}, training=False)
+        return Plan("test", 0, tensors, (phase,))
+
+    assert validate(squares(NORM), chain(1)) == {"device0": 5}
+    with pytest.raises(InvalidPlan, match=r"a square-sum writes one number of its own, and x\.v1 has 4 elements"):
+        validate(squares(x._replace(version=1)), chain(1))
+    with pytest.raises(InvalidPlan, match="and norm has the place of what it reads"):
+        validate(squares(NORM, in_place=True), chain(1))
