@@ -14,6 +14,7 @@ class Device:
 
     An operator class that is missing has no known rate: a workload that needs it is refused, not guessed.
     `measured` names a table of measured unit times (see `harness.profile.measure`) that replaces the rates.
+    Such a device may have but a `share` of the core that was measured.
     `accelerator` is "cpu" or "gpu": what torch keeps of a dropout differs.
     """
 
@@ -28,6 +29,7 @@ class Device:
     idle_w: float | None = None
     load_w: float | None = None
     measured: str | None = None
+    share: float = 1.0
     accelerator: str = "cpu"
 
 

@@ -316,7 +316,7 @@ class Costs:
         key = (device, first, last, direction, rows)
         if key not in cache:
             if device.measured is not None:
-                cache[key] = self._measured_seconds(device.measured, first, last, direction, rows)
+                cache[key] = self.measured_seconds(device.measured, first, last, direction, rows) / device.share
             else:
                 cache[key] = _rated_seconds(device, self.work(first, last, direction), direction, rows)
         return cache[key]
@@ -324,10 +324,11 @@ class Costs:
     def update_seconds(self, device: Device, first: int, last: int, nbytes: int) -> float:
         """Time of the optimizer's update of the range, which reads and writes `nbytes` of memory."""
         if device.measured is not None:
-            return self._measured_seconds(device.measured, first, last, UPDATE, 1)
+            return self.measured_seconds(device.measured, first, last, UPDATE, 1) / device.share
         return nbytes / device.memory_bandwidth
 
-    def _measured_seconds(self, table: str, first: int, last: int, direction: str, rows: int) -> float:
+    def measured_seconds(self, table: str, first: int, last: int, direction: str, rows: int) -> float:
+        """Time of one pass, or update, of a whole core of the machine that was measured."""
         if table not in self.measured:
             raise OrreryError(
                 f"There are no measured times called {table!r} for this workload. Run `orrery profile` first."

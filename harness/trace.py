@@ -53,6 +53,7 @@ class Trace:
     `busy_s[device][queue]`: seconds that a queue worked. `link_bytes[(src, dst)]`: bytes sent, whole run.
     `peak_bytes[device]`: most bytes alive at once. `memory_bytes[device][kind]`: most bytes of each kind.
     `memory_timeline[device]`: (time_s, bytes alive) at each change of the iterations looked at.
+    `process_peak_bytes[device]`: most memory that the device's process took from the system, where there was one.
     """
 
     mode: str
@@ -65,6 +66,7 @@ class Trace:
     peak_bytes: Mapping[str, int]
     memory_bytes: Mapping[str, Mapping[str, int]]
     memory_timeline: Mapping[str, tuple[tuple[float, int], ...]] = field(default_factory=dict)
+    process_peak_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def comm_bytes(self) -> int:

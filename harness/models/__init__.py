@@ -60,6 +60,12 @@ def entry(name: str) -> ModelEntry:
     return _catalog()[name]
 
 
+def module_of(name: str) -> str:
+    """The module that builds the model of that name."""
+    family = entry(name).family
+    return f"{__name__}.{MODULE_OF.get(family, family)}"
+
+
 def build(workload: Workload, device: str = "cpu") -> Layered:
     """The workload's model on `device`, cut into units.
 
@@ -74,7 +80,7 @@ def build(workload: Workload, device: str = "cpu") -> Layered:
         raise unknown_name("attention implementation", workload.attn_implementation, ATTENTION_IMPLEMENTATIONS)
     import torch
 
-    family = importlib.import_module(f"{__name__}.{MODULE_OF.get(model.family, model.family)}")
+    family = importlib.import_module(module_of(workload.model))
     with torch.random.fork_rng(devices=[]), torch.device("meta" if device == "meta" else "cpu"):
         torch.manual_seed(workload.seed)
         layered: Layered = family.build(model, workload)

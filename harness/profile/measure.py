@@ -1,8 +1,8 @@
 """What the units of a workload cost on this machine, in seconds.
 
 Units are not timed one by one: each would pay for starting autograd, and none would meet the caches as its neighbours
-leave them. Whole iterations run as training runs them, in turn plain and with a time stamp at every boundary between
-units: the stamps say how an iteration is shared out, the plain ones how long it is.
+leave them. Whole iterations run as the engine runs them, dropout by key too, in turn plain and with a time stamp at
+every boundary between units: the stamps say how an iteration is shared out, the plain ones how long it is.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from harness.costs import BACKWARD, DIRECTIONS, FORWARD, UPDATE, Costs
+from harness.engine.dropout import KeyedDropout
 from harness.models import build
 from harness.models.layered import Layered, Unit
 from harness.optimizers import optimizer_for
@@ -46,7 +47,13 @@ def measured(workload: Workload, costs: Costs, batch_of: Batches, rows: Sequence
     `batch_of(rows)` gives the tensors of that many samples by name, labels included. Measured once per machine,
     number of threads and content, then read from the cache beside the counted costs.
     """
-    asked = {"host": fingerprint(), "optimizer": workload.optimizer, "rows": list(rows), "repeats": repeats}
+    asked = {
+        "host": fingerprint(),
+        "optimizer": workload.optimizer,
+        "rows": list(rows),
+        "repeats": repeats,
+        "dropout": "keyed",
+    }
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
     path = store.folder() / f"{costs.key}-{digest}.json"
     seconds = store.read(path, store.seconds_from_dict)
@@ -111,10 +118,11 @@ def _iteration(
 ) -> dict[str, Span]:
     """When each direction, and the update, began and ended."""
     training = layered.root.training
-    with torch.set_grad_enabled(training):
-        began = perf_counter()
-        values = layered.run(0, len(layered.units), dict(batch))
-        spans = {FORWARD: (began, perf_counter())}
+    masks = KeyedDropout(seed=0)
+    began = perf_counter()
+    with torch.set_grad_enabled(training), masks.samples(0, range(rows)):
+        values = layered.run(0, len(layered.units), dict(batch), entering=masks.enter)
+    spans = {FORWARD: (began, perf_counter())}
     if training:
         loss = values["loss"] / rows
         began = perf_counter()

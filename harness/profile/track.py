@@ -63,14 +63,18 @@ class Tracker(TorchDispatchMode):
         entry = self._entries.get(storage_id(tensor))
         return entry[0] if entry else None
 
-    def levels(self, without: Collection[int | None] = ()) -> Iterator[int]:
-        """Bytes alive after each change, `without` some storages; zero before the first."""
+    def levels(self, without: Collection[int | None] = (), only: Collection[int] | None = None) -> Iterator[int]:
+        """Bytes alive after each change, `without` some storages, or of some `only`; zero before the first."""
         level = 0
         yield level
         for change, number in self.changes:
-            if number not in without:
+            if number not in without and (only is None or number in only):
                 level += change
             yield level
+
+    def watch(self, tensor: Tensor) -> None:
+        """Count a tensor made elsewhere, in another thread for one, as if it had been made here."""
+        self._begin(tensor.untyped_storage())
 
     def _begin(self, storage: Any) -> None:
         identity, nbytes = storage._cdata, storage.nbytes()

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from baselines import standalone
-from harness import datasets, engine, models, profile
+from baselines import eddl, gpipe, standalone
+from harness import datasets, engine, models, profile, reference
 from harness.datasets import sample_order
 from harness.simulator import simulate
 from harness.threads import one_thread
 from harness.workload import Workload
+from tests.harness.engine.devices import run_devices
+from tests.harness.engine.test_dropout import Recorded, Replayed
 from tests.harness.toys import cluster
 
 GLUE = Path(__file__).parents[3] / "shared" / "data" / "glue"
@@ -62,25 +64,37 @@ def run(workload: Workload, micro_batch_size: int | None = None):
 
 
 def plain_loop(workload: Workload, steps: int) -> tuple[nn.Module, list[float]]:
-    """Nothing of ours but the data: the Hugging Face model's own forward and loss, and torch's optimizer."""
+    """Nothing of ours but data and dropout masks: Hugging Face's own forward and loss, and torch's optimizer."""
     model = models.build(workload).root.train()
     dataset = datasets.load(workload, GLUE if workload.dataset == "mrpc" else None)
     optimizer = torch.optim.SGD(model.parameters(), lr=workload.learning_rate, momentum=0.9)
     if workload.optimizer == "adamw":
         optimizer = torch.optim.AdamW(model.parameters(), lr=workload.learning_rate)
-    torch.manual_seed(workload.seed)
+    masks = keys_of(workload)
     losses, epoch = [], 0
     while len(losses) < steps:
         order = sample_order(workload.num_samples, epoch, workload.seed)
         for first in range(0, len(order), workload.batch_size):
-            batch = dataset.batch(order[first : first + workload.batch_size])
-            loss = model(**batch).loss
+            ids = order[first : first + workload.batch_size]
+            replay = Replayed(workload.seed, masks)
+            with replay.samples(len(losses), ids):
+                loss = model(**dataset.batch(ids)).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
         epoch += 1
     return model, losses
+
+
+def keys_of(workload: Workload) -> list[tuple[str | None, int]]:
+    """The keys of our masks, in the order in which the model draws them."""
+    layered = models.build(workload)
+    dataset = datasets.load(workload, GLUE if workload.dataset == "mrpc" else None)
+    record = Recorded(workload.seed)
+    with record.samples(0, range(2)):
+        layered.run(0, len(layered.units), dataset.batch(range(2)), entering=record.enter)
+    return record.keys
 
 
 def assert_equal_weights(trained: nn.Module, oracle: nn.Module) -> None:
@@ -110,12 +124,15 @@ def test_accumulated_micro_batches_equal_the_whole_batch():
 
 
 @needs_glue
-def test_dropout_draws_the_same_numbers_as_the_plain_loop():
+def test_dropout_equals_the_plain_loop_with_the_same_masks():
     workload = dataclasses.replace(TEXT, dropout=0.1)
     layered, execution = run(workload)
     oracle, losses = plain_loop(workload, 6)
     assert execution.losses == pytest.approx(losses, abs=1e-5)
     assert_equal_weights(layered.root, oracle)
+    without, _ = plain_loop(TEXT, 6)
+    with pytest.raises(AssertionError):
+        assert_equal_weights(layered.root, without)
 
 
 def test_tiny_resnet_on_real_images_equals_the_plain_loop():
@@ -162,5 +179,26 @@ def test_tracked_peak_memory_equals_the_ledger(workload, micro_batch_size):
 def test_the_rehearsal_leaves_no_trace():
     """The first loss is that of the seed's weights, and batch norm has seen each batch once."""
     layered, _ = run(IMAGES)
-    counts = {int(b) for name, b in layered.root.named_buffers() if name.endswith("num_batches_tracked")}
-    assert counts == {5}
+    assert batches_seen(layered.root) == {5}
+
+
+@pytest.mark.parametrize(("method", "seen"), [(eddl, 5), (gpipe, 10)])
+def test_the_rehearsal_of_several_devices_leaves_no_trace(method, seen, tmp_path):
+    """Nor an optimizer's state: with momentum a first update of its own would show in all that follow."""
+    workload = dataclasses.replace(IMAGES, image_size=32, dtype="float64")
+    options = {**method.OPTIONS, "micro_batch_size": 16 if method is eddl else 8}
+    plan = method.plan(workload, profile.count(workload), cluster(2, memory_bandwidth=1e10), options)
+    trained = run_devices(plan, workload, tmp_path)
+    assert {count for shard in trained.shards.values() for count in batches_seen(shard.layered.root)} == {seen}
+    oracle = reference.train(plan, workload, datasets.load(workload))
+    assert trained.execution.losses == pytest.approx(oracle.losses, abs=1e-8)
+    for device, report in trained.reports.items():
+        sent = sum(nbytes for (source, _), nbytes in trained.execution.trace.link_bytes.items() if source == device)
+        assert sum(phase.sent_bytes for phase in report.phases) == sent
+        assert all(event.start_s >= 0 for event in report.events)
+
+
+def batches_seen(root: nn.Module) -> set[int]:
+    """By each batch norm that is on this device."""
+    names = {name: buffer for name, buffer in root.named_buffers() if name.endswith("num_batches_tracked")}
+    return {int(buffer) for buffer in names.values() if not buffer.is_meta}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from harness.cluster import Device
 from harness.costs import BACKWARD, DIRECTIONS, FORWARD
+from harness.engine.dropout import KeyedDropout
 from harness.models import build
 from harness.models.layered import Layered
 from harness.profile.counting import count_units
@@ -23,8 +24,11 @@ HERE = Device(LOCAL, LOCAL, {}, 0.0, 2**33, 1e10, measured=LOCAL)
 
 def iteration(layered: Layered, values: Mapping[str, Tensor], rows: int) -> float:
     """Seconds of one plain training iteration, forward and backward."""
+    masks = KeyedDropout(seed=0)
     began = perf_counter()
-    (layered.run(0, len(layered.units), dict(values))["loss"] / rows).backward()
+    with masks.samples(0, range(rows)):
+        made = layered.run(0, len(layered.units), dict(values), entering=masks.enter)
+    (made["loss"] / rows).backward()
     seconds = perf_counter() - began
     layered.root.zero_grad(set_to_none=True)
     return seconds
@@ -68,6 +72,17 @@ def test_measured_costs_time_a_device(tmp_path: Path, monkeypatch: pytest.Monkey
         assert all((seconds > 0) == trains for _, seconds in points), unit.name
     again = measured(load, counted, lambda rows: pytest.fail("measured twice"), [4, 1, 2], repeats=2)
     assert again == costs
+
+
+def test_dropout_is_timed_as_the_engine_draws_it() -> None:
+    """By key: torch's own generator is left alone, which draws if the same units run without keys."""
+    load = workload("bert-tiny", dropout=0.1)
+    layered, values = build(load), batch(load, 2)
+    before = torch.get_rng_state()
+    measure_units(layered, None, lambda rows: values, [2], repeats=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    layered.run(0, len(layered.units), dict(values))
+    assert not torch.equal(torch.get_rng_state(), before)
 
 
 def test_inference_has_no_backward_time() -> None:

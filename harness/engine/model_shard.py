@@ -1,0 +1,181 @@
+"""The part of a model that a device holds: its passes, gradients and update, by the names that plans use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from harness.engine.dropout import KeyedDropout
+from harness.engine.tensors import Bundle
+from harness.errors import OrreryError
+from harness.models.layered import Layered
+from harness.optimizers import optimizer_for
+from harness.plan import Compute, Plan
+from harness.workload import Workload
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a forward pass keeps for its backward pass: where gradients enter the graph, and where they leave it."""
+
+    roots: Mapping[str, GradientEdge]
+    leaves: Mapping[str, Tensor]
+
+
+class ModelShard:
+    """The units of a model that the plan gives to a device, trained in place.
+
+    Weights are grouped as in the plan: `weights@a:b` are the parameters that the units [a, b) use, `weights:name` is a
+    single one that several stages hold. `gradients...` and `optimizer...` go with them, `buffers@a:b` likewise.
+    """
+
+    def __init__(self, layered: Layered, workload: Workload, plan: Plan, device: torch.device) -> None:
+        self.layered, self.workload, self.plan, self.device = layered, workload, plan, device
+        self.masks = KeyedDropout(workload.seed)
+        for tensor in (*layered.root.parameters(), *layered.root.buffers()):
+            if not tensor.is_meta:
+                tensor.data = tensor.data.to(device)
+        self._parameters: dict[str, list[nn.Parameter]] = {}
+        self._optimizers: dict[tuple[str, ...], torch.optim.Optimizer] = {}
+
+    def weights(self, name: str) -> list[nn.Parameter]:
+        """Parameters of the value `weights...`, in the order in which the units first use them.
+
+        Raises OrreryError where they are not as many elements as the plan says.
+        """
+        if name not in self._parameters:
+            self._parameters[name] = found = self._find(name)
+            numel, planned = sum(p.numel() for p in found), self.plan.tensors[name].width
+            if numel != planned:
+                raise OrreryError(
+                    f"The plan says that {name} has {planned} elements, and in {self.workload.model} it has {numel}. "
+                    "Plan again for this workload."
+                )
+        return self._parameters[name]
+
+    def _find(self, name: str) -> list[nn.Parameter]:
+        first_name = self.layered.parameter_names()
+        if name.startswith("weights:"):
+            wanted = name.removeprefix("weights:")
+            return [p for p in self.layered.root.parameters() if first_name[id(p)] == wanted]
+        first, last = map(int, name.removeprefix("weights@").split(":"))
+        units = self.layered.units[first:last]
+        used = {id(p): p for unit in (*self.layered.locals_of(units), *units) for p in unit.parameters()}
+        return [p for p in used.values() if f"weights:{first_name[id(p)]}" not in self.plan.tensors]
+
+    def trained(self, gradient: str) -> list[nn.Parameter]:
+        """The parameters whose gradients are the value `gradients...`."""
+        return [p for p in self.weights("weights" + gradient.removeprefix("gradients")) if p.requires_grad]
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return list(self._optimizers.values())
+
+    def buffers(self) -> list[Tensor]:
+        """Batch-norm statistics and the like, as far as they are on this device."""
+        return [buffer for buffer in self.layered.root.buffers() if not buffer.is_meta]
+
+    def weights_bundle(self, name: str) -> Bundle:
+        """The value `weights...` as flat pieces."""
+        return Bundle(tuple(p.detach().view(-1) for p in self.weights(name)))
+
+    def gradients(self, name: str) -> Bundle:
+        """The value `gradients...` as flat pieces; autograd adds to this very memory until they are dropped."""
+        return Bundle(tuple(self._gradient(p).view(-1) for p in self.trained(name)))
+
+    @staticmethod
+    def _gradient(parameter: nn.Parameter) -> Tensor:
+        """The parameter's gradient; zeros where no row has reached it."""
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        return parameter.grad
+
+    def drop_gradients(self, name: str) -> None:
+        """The next backward pass makes new ones. The memory lives as long as somebody holds the old ones."""
+        for parameter in self.trained(name):
+            parameter.grad = None
+
+    def forward(
+        self,
+        action: Compute,
+        batch: Mapping[str, Tensor],
+        entering: Mapping[str, Tensor],
+        step: int,
+        sample_ids: Sequence[int],
+    ) -> tuple[dict[str, Tensor], Saved]:
+        """One pass over the units of the action.
+
+        batch: the rows of the data set; entering: what earlier stages made, rows first. Returns every tensor that
+        later units or the run want, cut off from autograd, and what the backward pass needs.
+        """
+        first, last = action.units
+        leaves = {
+            name: tensor.detach().requires_grad_() if self._flows(name, first) else tensor
+            for name, tensor in entering.items()
+        }
+        values = {**batch, **leaves}
+        draws = self.workload.training and self.workload.dropout != 0
+        masks = self.masks.samples(step, sample_ids) if draws else nullcontext()
+        with torch.set_grad_enabled(self.workload.training), masks:
+            made = self.layered.run(first, last, values, entering=self.masks.enter)
+        roots = {
+            name: get_gradient_edge(tensor)
+            for name, tensor in made.items()
+            if tensor.requires_grad and (name == "loss" or self._flows(name, last))
+        }
+        outputs = {name: tensor.detach() for name, tensor in made.items() if name not in entering}
+        return outputs, Saved(roots, {name: leaf for name, leaf in leaves.items() if leaf.requires_grad})
+
+    def _flows(self, name: str, cut: int) -> bool:
+        """Whether a gradient comes back for the tensor across the boundary in front of unit `cut`."""
+        return f"grad:{name}@{cut}" in self.plan.tensors
+
+    def backward(self, saved: Saved, arriving: Mapping[str, Tensor], batch_size: int) -> dict[str, Tensor]:
+        """Gradients of the mean loss over the whole batch: micro-batches and replicas just add up.
+
+        arriving: gradients of what the stage handed on, by tensor name. Returns those of what it was handed.
+        """
+        roots, gradients = [], []
+        for name, edge in saved.roots.items():
+            if name == "loss":
+                roots.append(edge)
+                gradients.append(torch.full((), 1 / batch_size, dtype=self.layered_dtype, device=self.device))
+            elif name in arriving:
+                roots.append(edge)
+                gradients.append(arriving[name])
+        torch.autograd.backward(roots, gradients)
+        leaving = {name: leaf.grad for name, leaf in saved.leaves.items() if leaf.grad is not None}
+        # What the stage only hands through has no pass here: its gradient is handed through, too.
+        return {**{name: gradient for name, gradient in arriving.items() if name not in saved.roots}, **leaving}
+
+    @property
+    def layered_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.workload.dtype)
+        return dtype
+
+    def step(self, gradients: Sequence[str], square_norm: Tensor | None) -> None:
+        """The optimizer's update of the groups whose gradients these are, clipped where a global norm is given."""
+        parameters = [p for name in gradients for p in self.trained(name)]
+        if square_norm is not None:
+            assert self.workload.clip_norm is not None
+            scale = (self.workload.clip_norm / (square_norm.sqrt() + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([self._gradient(p) for p in parameters], scale.squeeze(0))
+        key = tuple(gradients)
+        if key not in self._optimizers:
+            self._optimizers[key] = optimizer_for(self.workload, parameters)
+        self._optimizers[key].step()
+
+    def standing_bytes(self) -> dict[str, int]:
+        """Bytes that stay from iteration to iteration, by kind."""
+        states = [state for optimizer in self._optimizers.values() for state in optimizer.state.values()]
+        tensors: dict[str, list[Tensor]] = {
+            "weights": [p for p in self.layered.root.parameters() if not p.is_meta],
+            "buffers": self.buffers(),
+            "optimizer": [t for state in states for t in state.values() if isinstance(t, Tensor)],
+        }
+        return {kind: sum(t.numel() * t.itemsize for t in held) for kind, held in tensors.items()}

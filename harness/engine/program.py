@@ -1,0 +1,123 @@
+"""What one device does in an iteration of a phase: its part of the graph that the simulator reads, too."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from harness.plan.actions import NIC_OUT, QUEUES, Action, Combine, Load, Recv, Send, Store
+from harness.plan.flow import link
+from harness.plan.graph import Graph, check_order
+from harness.plan.plan import Phase, Plan
+from harness.plan.values import Value
+
+
+@dataclass(frozen=True)
+class Program:
+    """The device's nodes of the phase's graph.
+
+    `actions[node]`; a transfer that comes in is a `Recv`. `compute` and `sends` are in list order, `receives[source]`
+    in the order in which the source sends. `waits[node]`: how many of the device's nodes must have ended before;
+    `then[node]`: those that wait for it. `unqueued` nodes join no queue: they run as soon as they may.
+    `freed`: values with the nodes that must have ended before they are let go. `ahead`: nodes that must have ended
+    before the next iteration begins: they make what it begins with, or bring what the peers have sent in this one.
+    `nbytes[node]` of a transfer. `lands`: transfers that fill a part of a tensor held.
+    """
+
+    device: str
+    phase: Phase
+    actions: dict[int, Action]
+    compute: tuple[int, ...]
+    sends: tuple[int, ...]
+    receives: dict[str, tuple[int, ...]]
+    unqueued: frozenset[int]
+    waits: dict[int, int]
+    then: dict[int, tuple[int, ...]]
+    freed: tuple[tuple[Value, tuple[int, ...]], ...]
+    ahead: tuple[int, ...]
+    nbytes: dict[int, int]
+    lands: frozenset[int]
+
+    @property
+    def storage(self) -> list[Action]:
+        return [action for action in self.actions.values() if isinstance(action, (Load, Store))]
+
+
+def programs(plan: Plan, device: str) -> list[Program]:
+    """One for each phase of the plan, in order; phases that are one object share one."""
+    made: dict[int, Program] = {}
+    for phase in plan.phases:
+        if id(phase) not in made:
+            graph = link(phase, plan.tensors, plan.devices)
+            check_order(graph, f"phase {phase.name!r}")
+            made[id(phase)] = program(graph, phase, device)
+    return [made[id(phase)] for phase in plan.phases]
+
+
+def peers(mine: Sequence[Program]) -> tuple[set[str], set[str]]:
+    """Whom the device sends to, and who sends to it."""
+    outgoing = {action.peer for p in mine for node in p.sends if isinstance(action := p.actions[node], Send)}
+    return outgoing, {source for p in mine for source in p.receives}
+
+
+def program(graph: Graph, phase: Phase, device: str) -> Program:
+    me = graph.devices.index(device)
+    sends = tuple(_queue(graph, me, NIC_OUT))
+    receives = {
+        name: nodes
+        for index, name in enumerate(graph.devices)
+        if (nodes := tuple(node for node in _queue(graph, index, NIC_OUT) if graph.peer[node] == me))
+    }
+    own = {node for node in range(len(graph)) if graph.device[node] == me}
+    arriving = {node: source for source, nodes in receives.items() for node in nodes}
+    actions: dict[int, Action] = {node: graph.actions[node] for node in own}
+    for node, source in arriving.items():
+        sent = graph.actions[node]
+        assert isinstance(sent, Send)
+        actions[node] = Recv(sent.value, source)
+    waits: dict[int, int] = dict.fromkeys(actions, 0)
+    then: dict[int, list[int]] = defaultdict(list)
+    for node in actions:
+        for follower in graph.then[node]:
+            if follower in own:
+                then[node].append(follower)
+                waits[follower] += 1
+    return Program(
+        device=device,
+        phase=phase,
+        actions=actions,
+        compute=tuple(_queue(graph, me, "compute")),
+        sends=sends,
+        receives=receives,
+        unqueued=frozenset(graph.unqueued & own),
+        waits=waits,
+        then={node: tuple(followers) for node, followers in then.items()},
+        freed=tuple(_freed(graph, me)),
+        ahead=tuple({*arriving, *(node for (index, _), node in graph.live_writers.items() if index == me)}),
+        nbytes={node: graph.nbytes[node] for node in (*sends, *arriving)},
+        lands=frozenset(node for node in arriving if _lands(graph, node)),
+    )
+
+
+def _queue(graph: Graph, device: int, queue: str) -> Iterator[int]:
+    """The nodes of a queue that works in list order."""
+    node = graph.begins.get(len(QUEUES) * device + QUEUES.index(queue))
+    while node is not None:
+        yield node
+        node = graph.behind[node][0] if graph.behind[node] else None
+
+
+def _freed(graph: Graph, device: int) -> Iterator[tuple[Value, tuple[int, ...]]]:
+    for allocation in graph.allocations:
+        if allocation.device == device and allocation.freed is not None:
+            assert allocation.released is not None
+            yield allocation.freed, tuple({node for node in allocation.released if node >= 0})
+
+
+def _lands(graph: Graph, node: int) -> bool:
+    """Whether what the transfer brings belongs into the memory of a whole that a collective completes."""
+    return any(
+        isinstance(action := graph.actions[follower], Combine) and action.op == "concat" and action.in_place
+        for follower in graph.then[node]
+    )

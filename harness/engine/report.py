@@ -1,0 +1,109 @@
+"""What each device saw of a run, and the trace of them all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from harness.plan import Plan
+from harness.plan.values import KINDS
+from harness.trace import Event, PhaseTrace, Trace
+
+
+@dataclass(frozen=True)
+class PhaseTimes:
+    """When the device began and ended each iteration of a phase, in seconds since the origin, and the bytes it sent.
+
+    The last iteration ends when all of its transfers have, so that the phase is over with it.
+    """
+
+    iterations: tuple[tuple[float, float], ...]
+    sent_bytes: int
+
+
+@dataclass(frozen=True)
+class DeviceReport:
+    """One device of a run. `losses`: of each iteration, its rows' part of the mean over the batch.
+
+    `standing_bytes[kind]` stay from iteration to iteration; `moving_bytes` are the most that one iteration makes
+    besides: "moving" all together, "gradients" and "activations" alone.
+    """
+
+    device: str
+    losses: tuple[float, ...]
+    phases: tuple[PhaseTimes, ...]
+    events: tuple[Event, ...]
+    busy_s: Mapping[str, float]
+    sent_bytes: Mapping[str, int]
+    standing_bytes: Mapping[str, int]
+    moving_bytes: Mapping[str, int]
+    process_peak_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What really happened: the trace, and the loss of every iteration (mean over its samples).
+
+    `emulation` is what an emulated testbed measured of itself.
+    """
+
+    trace: Trace
+    losses: tuple[float, ...]
+    metric: float | None = None
+    max_rel_error: float | None = None
+    dilation: float = 1.0
+    emulation: Mapping[str, object] | None = None
+
+
+def execution(plan: Plan, reports: Sequence[DeviceReport], training: bool, dilation: float = 1.0) -> Execution:
+    """The reports of all devices as one; times are divided by the dilation of the testbed."""
+    reports = [_scaled(report, 1 / dilation) for report in sorted(reports, key=lambda r: plan.devices.index(r.device))]
+    begin = min(report.phases[0].iterations[0][0] for report in reports)
+    phases = []
+    for number, phase in enumerate(plan.phases):
+        mine = [report.phases[number] for report in reports]
+        spans = list(zip(*(p.iterations for p in mine), strict=True))
+        starts = [min(start for start, _ in span) for span in spans]
+        ends = [max(end for _, end in span) for span in spans]
+        if phase.training:
+            lengths = tuple(after - before for before, after in pairwise([starts[0], *ends]))
+        else:  # requests: what lies between one and the next is no part of either
+            lengths = tuple(end - start for start, end in zip(starts, ends, strict=True))
+        sent = sum(p.sent_bytes for p in mine)
+        phases.append(PhaseTrace(phase.name, phase.repeat, starts[0] - begin, sum(lengths), sent, lengths))
+    moments = [replace(e, start_s=e.start_s - begin, end_s=e.end_s - begin) for r in reports for e in r.events]
+    trace = Trace(
+        mode="emulated",
+        devices=tuple(report.device for report in reports),
+        total_s=sum(phase.time_s for phase in phases),
+        events=tuple(sorted(moments, key=lambda event: event.start_s)),
+        phases=tuple(phases),
+        busy_s={report.device: report.busy_s for report in reports},
+        link_bytes={(r.device, peer): nbytes for r in reports for peer, nbytes in r.sent_bytes.items()},
+        peak_bytes={r.device: sum(r.standing_bytes.values()) + r.moving_bytes["moving"] for r in reports},
+        memory_bytes={r.device: _by_kind(r) for r in reports},
+        process_peak_bytes={r.device: r.process_peak_bytes for r in reports},
+    )
+    losses = tuple(map(sum, zip(*(report.losses for report in reports), strict=True)))
+    return Execution(trace, losses if training else (), dilation=dilation)
+
+
+def _by_kind(report: DeviceReport) -> dict[str, int]:
+    moving = {kind: nbytes for kind, nbytes in report.moving_bytes.items() if kind in KINDS}
+    return dict.fromkeys(KINDS, 0) | dict(report.standing_bytes) | moving
+
+
+def _scaled(report: DeviceReport, factor: float) -> DeviceReport:
+    """The report with every time multiplied."""
+    if factor == 1:
+        return report
+    return replace(
+        report,
+        phases=tuple(
+            PhaseTimes(tuple((start * factor, end * factor) for start, end in p.iterations), p.sent_bytes)
+            for p in report.phases
+        ),
+        events=tuple(replace(e, start_s=e.start_s * factor, end_s=e.end_s * factor) for e in report.events),
+        busy_s={queue: seconds * factor for queue, seconds in report.busy_s.items()},
+    )

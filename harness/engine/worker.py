@@ -1,0 +1,530 @@
+"""The plan's second reader: executes the action lists of one device with real tensors, queue by queue.
+
+The caller's thread is the compute queue. A second thread sends, and the transport's own thread receives. A node starts
+when its queue has come to it and the nodes it waits for have ended; the sums of a collective join no queue and are
+done by whichever thread brings their last operand.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.datasets import sample_order
+from harness.engine.model_shard import ModelShard, Saved
+from harness.engine.program import Program
+from harness.engine.report import DeviceReport, PhaseTimes
+from harness.engine.tensors import Bundle, buffer, dtype_name, empty_on_host, flat, on_host, part
+from harness.errors import OrreryError, Unsupported
+from harness.plan import Combine, Compute, Plan, Recv, Send, Step, Value
+from harness.plan.actions import COMPUTE, NIC_IN, NIC_OUT, QUEUES, Action
+from harness.plan.flow import is_piece
+from harness.profile.track import Tracker
+from harness.samples import Dataset
+from harness.trace import EVENTS_KEPT, Event, kind_of, label_of, micro_batch_of
+from harness.transport import Frame, Transport, TransportError
+from harness.workload import Workload
+
+Payload = Tensor | Bundle | Saved | None
+#: How long `stop` waits for a thread that is amid an operator.
+STOP_S = 10
+
+
+@dataclass
+class Iteration:
+    """One iteration on this device: what it holds, and what each of its nodes still waits for."""
+
+    number: int
+    phase: int
+    index: int
+    step: int
+    program: Program
+    sample_ids: Sequence[int]
+    rehearsal: bool
+    values: dict[Value, Payload] = field(default_factory=dict)
+    waits: dict[int, int] = field(default_factory=dict)
+    left: int = 0
+    sent: dict[str, int] = field(default_factory=dict)
+    admitted: dict[str, int] = field(default_factory=dict)
+    arriving: dict[int, Tensor] = field(default_factory=dict)
+    holds: list[list[Any]] = field(default_factory=list)
+    held_by: dict[int, list[list[Any]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        program = self.program
+        self.waits = dict(program.waits)
+        self.left = len(program.actions)
+        self.admitted = dict.fromkeys(program.receives, 0)
+        for value, nodes in program.freed:
+            hold = [len(nodes), value]
+            for node in nodes:
+                self.held_by.setdefault(node, []).append(hold)
+
+
+class Worker:
+    """One device of a plan that is being executed. `transport` is None where the plan has one device."""
+
+    def __init__(
+        self,
+        device: str,
+        plan: Plan,
+        programs: Sequence[Program],
+        workload: Workload,
+        shard: ModelShard,
+        dataset: Dataset,
+        transport: Transport | None = None,
+        barrier: Callable[[], None] = lambda: None,
+        progress: Callable[[int], None] = lambda number: None,
+    ) -> None:
+        self.device, self.plan, self.programs, self.workload = device, plan, programs, workload
+        self.shard, self.dataset, self.transport = shard, dataset, transport
+        self.barrier, self.progress = barrier, progress
+        self._ready = threading.Condition()
+        self._error: BaseException | None = None
+        self._current: Iteration | None = None
+        self._sender: threading.Thread | None = None
+        self._sending: SimpleQueue[tuple[Iteration, int] | None] = SimpleQueue()
+        self._tracker: Tracker | None = None
+        self._gradient_storages: set[int] = set()
+        self._loss = 0.0
+        self._events: list[Event] = []
+        self._busy = dict.fromkeys(QUEUES, 0.0)
+        self._origin = 0.0
+        self._sent: dict[str, int] = {}
+        for program in programs:
+            if program.storage:
+                raise Unsupported("load and store need a device with a store of its own")
+            for value in program.phase.live.get(device, ()):
+                if plan.tensors[value.name].kind == "weights":
+                    shard.weights(value.name)  # refuses a plan for another model
+
+    # The caller's thread
+
+    def start(self) -> None:
+        """Start the threads; from now on the peers may send."""
+        self._sender = threading.Thread(target=self._send_all, name=f"{self.device} sending", daemon=True)
+        self._sender.start()
+        if self.transport is not None:
+            self.transport.start(self)
+
+    def rehearse(self) -> dict[str, int]:
+        """The first iteration without its update, watched: most bytes made at once, all together and by kind.
+
+        All devices rehearse together. It warms everything up, and everything that it changes is put back.
+        """
+        buffers = [buffer.clone() for buffer in self.shard.buffers()]
+        self._tracker = Tracker()
+        with self._tracker:
+            iteration = self._iteration(0, 0, 0, -1, next(self._sample_ids()), {}, rehearsal=True)
+            self._run(iteration)
+        self._finish(iteration)
+        tracker, self._tracker = self._tracker, None
+        gradients = self._gradient_storages
+        moving = {
+            "moving": max(tracker.levels()),
+            "gradients": max(tracker.levels(only=gradients)),
+            "activations": max(tracker.levels(without=gradients)),
+        }
+        iteration.values.clear()
+        for changed, before in zip(self.shard.buffers(), buffers, strict=True):
+            changed.copy_(before)
+        self._loss = 0.0
+        self._events.clear()
+        self._busy = dict.fromkeys(QUEUES, 0.0)
+        self._sent.clear()
+        return moving
+
+    def run(self, origin: float, moving: Mapping[str, int]) -> DeviceReport:
+        """All phases. `origin`: the perf_counter time that the run's times count from."""
+        self._origin = origin
+        losses: list[float] = []
+        phases: list[PhaseTimes] = []
+        carried: dict[Value, Payload] = {}
+        ids, number = self._sample_ids(), 0
+        for place, program in enumerate(self.programs):
+            spans: list[tuple[float, float]] = []
+            sent = sum(self._sent.values())
+            for index in range(program.phase.repeat):
+                number += 1
+                if not program.phase.training:
+                    self.barrier()
+                began = time.perf_counter()
+                iteration = self._iteration(number, place, index, number - 1, next(ids), carried)
+                self._run(iteration)
+                if not program.phase.training or index + 1 == program.phase.repeat:
+                    self._finish(iteration)
+                carried = self._carry(iteration)
+                losses.append(self._loss / program.phase.batch_size)
+                self._loss = 0.0
+                spans.append((began - origin, time.perf_counter() - origin))
+                self.progress(number)
+            phases.append(PhaseTimes(tuple(spans), sum(self._sent.values()) - sent))
+        return DeviceReport(
+            device=self.device,
+            losses=tuple(losses),
+            phases=tuple(phases),
+            events=tuple(self._events),
+            busy_s=dict(self._busy),
+            sent_bytes=dict(self._sent),
+            standing_bytes=self.shard.standing_bytes(),
+            moving_bytes=dict(moving),
+        )
+
+    def stop(self) -> None:
+        """End the threads, whatever they wait for. Idempotent."""
+        self.fail(TransportError(f"{self.device} has stopped"))
+        self._sending.put(None)
+        if self.transport is not None:
+            self.transport.close()
+        if self._sender is not None:
+            self._sender.join(STOP_S)
+
+    def _iteration(
+        self,
+        number: int,
+        phase: int,
+        index: int,
+        step: int,
+        sample_ids: Sequence[int],
+        carried: Mapping[Value, Payload],
+        rehearsal: bool = False,
+    ) -> Iteration:
+        """Begin an iteration: its sends are queued, and what belongs to it may come in."""
+        program = self.programs[phase]
+        iteration = Iteration(number, phase, index, step, program, sample_ids, rehearsal)
+        by_name = {value.name: payload for value, payload in carried.items()}
+        iteration.values = {value: by_name.get(value.name) for value in program.phase.live.get(self.device, ())}
+        with self._ready:
+            self._current = iteration
+        for node in program.sends:
+            self._sending.put((iteration, node))
+        if self.transport is not None:
+            self.transport.resume()
+        for node in [node for node in program.unqueued if not program.waits[node]]:
+            self._run_unqueued(iteration, node)
+        return iteration
+
+    def _run(self, iteration: Iteration) -> None:
+        """The compute queue of one iteration, and what the next one must find."""
+        for node in iteration.program.compute:
+            self._wait(iteration, node)
+            start = time.perf_counter()
+            self._compute(iteration, iteration.program.actions[node])
+            if self.shard.device.type == "cuda":
+                torch.cuda.synchronize(self.shard.device)
+            self._record(iteration, node, COMPUTE, start, time.perf_counter())
+            self._done(iteration, node)
+        with self._ready:
+            while self._error is None and any(node in iteration.waits for node in iteration.program.ahead):
+                self._ready.wait()
+        self._check()
+
+    def _finish(self, iteration: Iteration) -> None:
+        """Wait until every node of the iteration has ended, transfers too."""
+        with self._ready:
+            while self._error is None and iteration.left:
+                self._ready.wait()
+        self._check()
+
+    def _carry(self, iteration: Iteration) -> dict[Value, Payload]:
+        names = {value.name for value in iteration.program.phase.leaves_of(self.device)}
+        return {value: payload for value, payload in iteration.values.items() if value.name in names}
+
+    def _sample_ids(self) -> Iterator[list[int]]:
+        """The samples of each iteration, epoch after epoch, each epoch in an order of its own."""
+        total, size, epoch = self.workload.num_samples, self.workload.batch_size, 0
+        while True:
+            order = sample_order(total, epoch, self.workload.seed)
+            yield from (order[i : i + size] for i in range(0, total, size))
+            epoch += 1
+
+    # What actions do
+
+    def _compute(self, iteration: Iteration, action: Action) -> None:
+        match action:
+            case Compute(direction="forward"):
+                self._forward(iteration, action)
+            case Compute():
+                self._backward(iteration, action)
+            case Combine():
+                self._combine(iteration, action)
+            case Step():
+                self._step(iteration, action)
+
+    def _forward(self, iteration: Iteration, action: Compute) -> None:
+        phase = iteration.program.phase
+        first = sum(phase.micro_batches[: action.micro_batch])
+        ids = iteration.sample_ids[first + action.rows[0] : first + action.rows[1]]
+        batch = {name: tensor.to(self.shard.device) for name, tensor in self.dataset.batch(ids).items()}
+        entering = {value.name: self._tensor(iteration, value) for value in action.reads}
+        outputs, saved = self.shard.forward(action, batch, entering, iteration.step, ids)
+        if "loss" in outputs:
+            self._loss += outputs["loss"].item()
+        for value in action.writes:
+            iteration.values[value] = outputs.get(value.name, saved)
+
+    def _backward(self, iteration: Iteration, action: Compute) -> None:
+        saved = next(payload for value in action.reads if isinstance(payload := iteration.values[value], Saved))
+        prefix, suffix = "grad:", f"@{action.units[1]}"
+        arriving = {
+            value.name.removeprefix(prefix).removesuffix(suffix): self._tensor(iteration, value)
+            for value in action.reads
+            if value.name.startswith(prefix) and value.name.endswith(suffix)
+        }
+        fresh = [value for value in action.accumulates if value not in iteration.values]
+        for value in fresh:
+            self.shard.drop_gradients(value.name)
+        leaving = self.shard.backward(saved, arriving, iteration.program.phase.batch_size)
+        for value in action.writes:
+            name = value.name.removeprefix(prefix).removesuffix(f"@{action.units[0]}")
+            iteration.values[value] = leaving[name]
+        for value in fresh:  # autograd adds to the same memory from now on
+            iteration.values[value] = self.shard.gradients(value.name)
+
+    def _combine(self, iteration: Iteration, action: Combine) -> None:
+        values, write = iteration.values, action.write
+        if action.op == "concat" and write.rows is not None:
+            values[write] = torch.cat([self._tensor(iteration, value) for value in action.reads])
+        elif action.op == "square-sum":
+            squares = [self._bundle(iteration, value).square_sum() for value in action.reads]
+            values[write] = flat(torch.cat(squares).sum().reshape(1))
+        elif not action.reads:
+            values[write] = self._zeros(write)
+        elif action.op == "sum":
+            total = self._bundle(iteration, action.reads[0])
+            for value in action.reads[1:]:
+                total.add_(self._bundle(iteration, value))
+                values.pop(value, None)
+            values[write] = total
+        else:
+            values[write] = self._bundle(iteration, write)
+
+    def _zeros(self, value: Value) -> Bundle:
+        tensor = self.plan.tensors[value.name]
+        if tensor.kind == "gradients":
+            self.shard.drop_gradients(value.name)
+            return self.shard.gradients(value.name)
+        return Bundle((torch.zeros(tensor.width, device=self.shard.device),))
+
+    def _step(self, iteration: Iteration, action: Step) -> None:
+        names = [value.name for value in action.gradients]
+        if iteration.rehearsal:
+            self._note_gradients(names)
+        else:
+            norm = None if action.norm is None else self._bundle(iteration, action.norm).pieces[0]
+            self.shard.step(names, norm)
+        for name in names:
+            self.shard.drop_gradients(name)  # what is still being sent is held as a value
+        for value in action.writes:
+            iteration.values[value] = iteration.values.pop(value._replace(version=value.version - 1))
+
+    def _note_gradients(self, names: Sequence[str]) -> None:
+        assert self._tracker is not None
+        for name in names:
+            for parameter in self.shard.trained(name):
+                number = None if parameter.grad is None else self._tracker.number(parameter.grad)
+                if number is not None:
+                    self._gradient_storages.add(number)
+
+    # Values as tensors
+
+    def _tensor(self, iteration: Iteration, value: Value) -> Tensor:
+        """The tensor of a value, which may be a piece of one held."""
+        payload = iteration.values.get(value)
+        if payload is None:
+            whole = next(held for held in tuple(iteration.values) if is_piece(value, held))
+            payload = iteration.values[whole]
+            assert isinstance(payload, Tensor)
+            return part(payload, whole, value)
+        assert isinstance(payload, Tensor)
+        return payload
+
+    def _bundle(self, iteration: Iteration, value: Value) -> Bundle:
+        """A flat value: one that is held, or a range of one, whatever its version; or of the weights."""
+        payload = iteration.values.get(value)
+        if isinstance(payload, Bundle):
+            return payload
+        if self.plan.tensors[value.name].kind == "weights":
+            whole = self.shard.weights_bundle(value.name)
+        else:
+            whole = next(
+                payload
+                for held, payload in tuple(iteration.values.items())
+                if held.name == value.name and held.width is None and isinstance(payload, Bundle)
+            )
+        return whole if value.width is None else whole.slice(*value.width)
+
+    # The sending thread
+
+    def _send_all(self) -> None:
+        try:
+            while (item := self._sending.get()) is not None:
+                iteration, node = item
+                self._wait(iteration, node)
+                action = iteration.program.actions[node]
+                assert isinstance(action, Send)
+                start = time.perf_counter()
+                self._send(iteration, action, iteration.program.nbytes[node])
+                self._record(iteration, node, NIC_OUT, start, time.perf_counter())
+                self._done(iteration, node)
+        except BaseException as error:
+            self.fail(error)
+
+    def _send(self, iteration: Iteration, action: Send, nbytes: int) -> None:
+        assert self.transport is not None
+        value, peer = action.value, action.peer
+        if self._is_flat(value):
+            bundle = self._bundle(iteration, value)
+            staged = [on_host(piece) for piece in bundle.pieces]
+            shape: tuple[int, ...] = (bundle.width,)
+        else:
+            staged = [on_host(self._tensor(iteration, value))]
+            shape = tuple(staged[0].shape)
+        if nbytes != (held := sum(piece.nbytes for piece in staged)):
+            raise OrreryError(
+                f"{self.device} has {held} bytes of {value} for {peer}, and the plan says {nbytes}. "
+                "Plan again for this workload."
+            )
+        frame = Frame(
+            self.transport.generation,
+            iteration.number,
+            iteration.sent.get(peer, 0),
+            dtype_name(staged[0]),
+            shape,
+            nbytes,
+        )
+        iteration.sent[peer] = frame.tag + 1
+        self.transport.send(peer, frame, [buffer(piece) for piece in staged])
+        self._sent[peer] = self._sent.get(peer, 0) + nbytes
+
+    def _is_flat(self, value: Value) -> bool:
+        return self.plan.tensors[value.name].kind != "activations"
+
+    # The transport's receiving thread
+
+    def admit(self, source: str, frame: Frame) -> Sequence[memoryview] | None:
+        """Memory for the next value from the source; None before this device begins the iteration it belongs to."""
+        iteration = self._current
+        if iteration is None:
+            return None
+        count = iteration.admitted.get(source, 0)
+        expected = iteration.program.receives.get(source, ())
+        if frame.iteration > iteration.number and count == len(expected):
+            return None
+        if frame.iteration != iteration.number or count >= len(expected) or frame.tag != count:
+            raise TransportError(
+                f"{self.device} got frame {frame.tag} of iteration {frame.iteration} from {source}, and expects frame "
+                f"{count} of {len(expected)} of iteration {iteration.number}. Both must run the same plan."
+            )
+        node = expected[count]
+        action = iteration.program.actions[node]
+        assert isinstance(action, Recv)
+        if frame.nbytes != iteration.program.nbytes[node]:
+            raise TransportError(
+                f"{self.device} got {frame.nbytes} bytes from {source} for {action.value}, which has "
+                f"{iteration.program.nbytes[node]} in the plan. Both must run the same plan and model."
+            )
+        iteration.admitted[source] += 1
+        if node in iteration.program.lands and self.shard.device.type == "cpu":
+            return [buffer(piece) for piece in self._bundle(iteration, action.value).pieces]
+        tensor = empty_on_host(frame.shape, frame.dtype, self.shard.device)
+        if self._tracker is not None:
+            self._tracker.watch(tensor)
+        iteration.arriving[node] = tensor
+        return [buffer(tensor)]
+
+    def arrived(self, source: str, frame: Frame, start_s: float, end_s: float) -> None:
+        iteration = self._current
+        assert iteration is not None
+        node = iteration.program.receives[source][frame.tag]
+        action = iteration.program.actions[node]
+        assert isinstance(action, Recv)
+        tensor = iteration.arriving.pop(node, None)
+        if tensor is not None:
+            tensor = tensor.to(self.shard.device)
+            if node in iteration.program.lands:
+                self._bundle(iteration, action.value).copy_(flat(tensor))
+            else:
+                iteration.values[action.value] = flat(tensor) if self._is_flat(action.value) else tensor
+        self._record(iteration, node, NIC_IN, start_s, end_s)
+        self._done(iteration, node)
+
+    def lost(self, error: BaseException) -> None:
+        self.fail(error)
+
+    # What the threads share
+
+    def fail(self, error: BaseException) -> None:
+        """The first error ends the run: it is raised in the caller's thread, and every thread stops."""
+        with self._ready:
+            if self._error is None:
+                self._error = error
+            self._ready.notify_all()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _wait(self, iteration: Iteration, node: int) -> None:
+        """Until the nodes that the node waits for have ended."""
+        with self._ready:
+            while self._error is None and iteration.waits[node]:
+                self._ready.wait()
+        self._check()
+
+    def _done(self, iteration: Iteration, node: int) -> None:
+        """The node has ended: let go of what nobody needs any more, and do the sums that it was the last to delay."""
+        ready = []
+        with self._ready:
+            del iteration.waits[node]
+            iteration.left -= 1
+            for follower in iteration.program.then.get(node, ()):
+                iteration.waits[follower] -= 1
+                if not iteration.waits[follower] and follower in iteration.program.unqueued:
+                    ready.append(follower)
+            for hold in iteration.held_by.get(node, ()):
+                hold[0] -= 1
+                if not hold[0]:
+                    self._free(iteration, hold[1])
+            self._ready.notify_all()
+        for follower in ready:
+            self._run_unqueued(iteration, follower)
+
+    def _run_unqueued(self, iteration: Iteration, node: int) -> None:
+        action = iteration.program.actions[node]
+        assert isinstance(action, Combine)
+        self._combine(iteration, action)
+        self._done(iteration, node)
+
+    def _free(self, iteration: Iteration, value: Value) -> None:
+        for held in [held for held in tuple(iteration.values) if held._replace(version=0) == value._replace(version=0)]:
+            iteration.values.pop(held, None)
+
+    def _record(self, iteration: Iteration, node: int, queue: str, start: float, end: float) -> None:
+        self._busy[queue] += end - start
+        if iteration.index >= EVENTS_KEPT:
+            return
+        action = iteration.program.actions[node]
+        transfer = isinstance(action, (Send, Recv))
+        self._events.append(
+            Event(
+                device=self.device,
+                queue=queue,
+                kind=kind_of(action),
+                label=label_of(action),
+                start_s=start - self._origin,
+                end_s=end - self._origin,
+                phase=iteration.phase,
+                iteration=iteration.index,
+                micro_batch=micro_batch_of(action),
+                nbytes=iteration.program.nbytes[node] if transfer else 0,
+                peer=action.peer if isinstance(action, (Send, Recv)) else "",
+            )
+        )

@@ -1,0 +1,257 @@
+"""Leads the workers of all devices through a run, and says at once which device failed, and of what."""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from harness.engine import DeviceReport
+from harness.errors import Broken, OrreryError, Unsupported
+from harness.fleet.channel import Channel, Closed, Message, ready
+from harness.fleet.job import REPORT, Job
+from harness.fleet.probe import ComputeProbe, LinkProbe
+
+#: A supervisor or worker that has not been heard of for so long is taken for hung.
+SILENCE_S = 3.0
+#: After the first bad news: how long the others have to tell theirs, which may be the cause.
+GRACE_S = 0.3
+#: How long a killed worker may take to be gone.
+FAREWELL_S = 5.0
+
+
+class Lost(Broken):
+    """A device is gone or has failed: the run is over. `device` names it, `exit_code` is its worker's if it ended."""
+
+    def __init__(self, device: str, cause: str, exit_code: int | None = None) -> None:
+        super().__init__(f"{device}: {cause}")
+        self.device, self.exit_code = device, exit_code
+
+
+class _Remote(Exception):
+    """The traceback of a worker, shown as the cause of what is raised here."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+@dataclass
+class _Bad:
+    """One device's bad news."""
+
+    device: str
+    cause: str
+    secondary: bool = False
+    exit_code: int | None = None
+    failed: Message | None = None
+
+    def error(self) -> Exception:
+        """What to raise for it: what a worker can't do or read is no crash."""
+        if self.failed is not None and self.failed["unsupported"]:
+            return Unsupported(self.failed["message"])
+        if self.failed is not None and self.failed["refused"]:
+            return OrreryError(f"{self.device}: {self.failed['message']}")
+        return Lost(self.device, self.cause, self.exit_code)
+
+
+@dataclass
+class Fleet:
+    """The supervisors of all devices, by device, in rank order. Runs one plan after the other.
+
+    `broken` says that a supervisor is gone, so that nothing can run here any more.
+    """
+
+    supervisors: Mapping[str, Channel]
+    generation: int = 0
+    broken: bool = False
+
+    def run(
+        self,
+        jobs: Sequence[Job],
+        stall_s: float,
+        begun: Callable[[float], None] = lambda origin: None,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> list[DeviceReport]:
+        """Run a plan's jobs, one per device. `stall_s`: no iteration takes so long, unless something is wrong.
+
+        `begun(origin)` is called when the clock has started, `meanwhile()` now and then from then on. Raises Lost when
+        a worker or supervisor dies, fails or hangs, and Unsupported or OrreryError where a worker did; every worker is
+        gone then, too.
+        """
+        done = self._lead({job.device: {"plan": asdict(job)} for job in jobs}, "done", stall_s, begun, meanwhile)
+        return [REPORT.validate_python(done[job.device]) for job in jobs]
+
+    def probe(self, probes: Mapping[str, ComputeProbe | LinkProbe], stall_s: float) -> dict[str, dict[str, float]]:
+        """Measure on several devices at once; answers by device. Raises like `run`."""
+        names = {ComputeProbe: "compute", LinkProbe: "links"}
+        messages = {device: {"probe": {names[type(probe)]: asdict(probe)}} for device, probe in probes.items()}
+        return self._lead(messages, "probed", stall_s)
+
+    def _lead(
+        self,
+        messages: Mapping[str, Message],
+        result: str,
+        stall_s: float,
+        begun: Callable[[float], None] = lambda origin: None,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> dict[str, Any]:
+        """One generation of workers, from fork to exit; what each says under the word `result`."""
+        run = _Run(self, {device: self.supervisors[device] for device in messages}, stall_s)
+        try:
+            for device, message in messages.items():
+                run.tell_supervisor(device, {"run": message})
+            said = run.gather("listening", "ready")
+            if addresses := {device: m["listening"] for device, m in said.items() if "listening" in m}:
+                run.tell_all({"peers": addresses})
+                run.gather("ready")
+            origin = time.perf_counter()
+            run.tell_all({"go": origin})
+            begun(origin)
+            answers = {device: message[result] for device, message in run.gather(result, meanwhile=meanwhile).items()}
+            run.tell_all({"close": True})
+            return answers
+        finally:
+            run.end()
+
+    def new_generation(self) -> tuple[int, str]:
+        """A generation that was never used, and its secret."""
+        self.generation += 1
+        return self.generation, secrets.token_hex(32)
+
+    def close(self) -> None:
+        """The supervisors end, and their workers with them."""
+        for channel in self.supervisors.values():
+            channel.close()
+
+
+class _Run:
+    """One generation: what each worker has said so far, and whether it still lives."""
+
+    def __init__(self, fleet: Fleet, channels: Mapping[str, Channel], stall_s: float) -> None:
+        self.fleet, self.channels, self.stall_s = fleet, channels, stall_s
+        self.device_of = {id(channel): device for device, channel in channels.items()}
+        now = time.monotonic()
+        self.heard = dict.fromkeys(channels, now)
+        self.moved = dict.fromkeys(channels, now)
+        self.progress = dict.fromkeys(channels, 0)
+        self.alive = dict.fromkeys(channels, True)
+        self.closing = False
+        self.said: dict[str, list[Message]] = {device: [] for device in channels}
+        self.bad: list[_Bad] = []
+
+    def tell_supervisor(self, device: str, message: Message) -> None:
+        try:
+            self.channels[device].send(message)
+        except Closed as closed:
+            self._supervisor_gone(device, closed)
+            if self.bad:
+                self._fail()
+
+    def tell_all(self, message: Message) -> None:
+        self.closing = self.closing or "close" in message
+        for device in self.channels:
+            self.tell_supervisor(device, {"worker": message})
+
+    def gather(self, *words: str, meanwhile: Callable[[], None] = lambda: None) -> dict[str, Message]:
+        """Wait until every worker has said one of the words; a barrier on the way is passed together."""
+        while True:
+            found = {device: m for device, said in self.said.items() for m in said if any(word in m for word in words)}
+            if len(found) == len(self.said):
+                return found
+            if all(said and "reached" in said[-1] for said in self.said.values()):
+                for said in self.said.values():
+                    said.pop()
+                self.tell_all({"proceed": True})
+            self._listen(0.05)
+            if self.bad:
+                self._fail()
+            self._check_silence()
+            meanwhile()
+
+    def end(self) -> None:
+        """Every worker is gone when this returns."""
+        limit = time.monotonic() + FAREWELL_S
+        if self.closing and not self.bad:
+            patience = time.monotonic() + 1.0  # they were told to close, and are on their way out
+            while any(self.alive.values()) and time.monotonic() < patience:
+                self._listen(0.02)
+        self.closing = True
+        for device, channel in self.channels.items():
+            if self.alive[device]:
+                try:
+                    channel.send({"stop": True})
+                except Closed as closed:
+                    self._supervisor_gone(device, closed)
+        while any(self.alive.values()) and time.monotonic() < limit:
+            self._listen(0.02)
+        self.fleet.broken = self.fleet.broken or any(self.alive.values())
+
+    def _listen(self, timeout_s: float) -> None:
+        """Take in what has come; one message per device."""
+        listening = [c for device, c in self.channels.items() if self.alive[device]]
+        for channel in ready(listening, timeout_s):
+            device = self.device_of[id(channel)]
+            self.heard[device] = time.monotonic()
+            try:
+                self._take(device, channel.receive())
+            except Closed as closed:
+                self._supervisor_gone(device, closed)
+
+    def _take(self, device: str, message: Message) -> None:
+        if "ended" in message:
+            self.alive[device] = False
+            if not self.closing and all(bad.device != device for bad in self.bad):  # else it has told why
+                self.bad.append(_Bad(device, _how(message["ended"]), exit_code=message["ended"]))
+        elif "alive" in message:
+            self._pulse(device, message["alive"])
+        elif "failed" in message["worker"]:
+            failed = message["worker"]["failed"]
+            cause = f"{failed['kind']}: {failed['message']}"
+            self.bad.append(_Bad(device, cause, failed["secondary"], failed=failed))
+        else:
+            self.said[device].append(message["worker"])
+            self.moved[device] = time.monotonic()
+
+    def _pulse(self, device: str, alive: Message) -> None:
+        if alive["progress"] != self.progress[device]:
+            self.progress[device] = alive["progress"]
+            self.moved[device] = time.monotonic()
+        if alive["beat_age_s"] > SILENCE_S and not self.closing:
+            cause = f"its worker hangs: no sign of life for {alive['beat_age_s']:.1f} s"
+            self.bad.append(_Bad(device, cause))
+
+    def _check_silence(self) -> None:
+        now = time.monotonic()
+        for device, heard in self.heard.items():
+            if now - heard > SILENCE_S:
+                self.bad.append(_Bad(device, f"its supervisor has been silent for {now - heard:.1f} s"))
+        if not self.bad and now - max(self.moved.values()) > self.stall_s:
+            device = min(self.progress, key=self.progress.__getitem__)
+            self.bad.append(
+                _Bad(device, f"nothing has moved for {self.stall_s:.0f} s, in iteration {self.progress[device] + 1}")
+            )
+        if self.bad:
+            self._fail()
+
+    def _supervisor_gone(self, device: str, closed: Closed) -> None:
+        self.alive[device] = False
+        self.fleet.broken = True
+        if not self.closing:
+            self.bad.append(_Bad(device, f"its supervisor {closed}"))
+
+    def _fail(self) -> None:
+        """Hear the others out, then name the cause: who only lost a peer is not it."""
+        limit = time.monotonic() + GRACE_S
+        while (left := limit - time.monotonic()) > 0 and any(self.alive.values()):
+            self._listen(left)
+        cause = min(self.bad, key=lambda bad: bad.secondary)
+        raise cause.error() from (_Remote(cause.failed["traceback"]) if cause.failed else None)
+
+
+def _how(exit_code: int) -> str:
+    if exit_code < 0:
+        return f"its worker was killed by {signal.Signals(-exit_code).name}"
+    return f"its worker ended with exit code {exit_code}"

@@ -1,0 +1,161 @@
+"""What a worker process does for a plan: loads its shard and data, meets its peers, rehearses, runs, reports."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import sys
+import threading
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from harness import samples
+from harness.engine import DeviceReport, ModelShard, Worker, check_samples, programs
+from harness.engine.program import peers
+from harness.errors import OrreryError, Unsupported
+from harness.fleet import probe
+from harness.fleet.channel import Channel, Closed, Message
+from harness.fleet.supervisor import HEARTBEAT_S, Pulse
+from harness.models import shards
+from harness.plan import Plan
+from harness.plan.serial import from_json
+from harness.reference import state
+from harness.transport import PeerLost, Transport
+from harness.workload import Workload
+
+WEIGHTS, SAMPLES = "weights.safetensors", "samples.safetensors"
+REPORT = TypeAdapter(DeviceReport)
+CONNECT_S = 60.0
+ACCELERATORS = {"cpu": "cpu", "gpu": "cuda"}
+#: A thread that has something to do gets its turn after this long: a receive must not wait for Python code.
+SWITCH_S = 2e-4
+
+
+@dataclass(frozen=True)
+class Job:
+    """One device's part of a run. `folder` holds the weights and samples; `host` is the address to listen on.
+
+    `enter` are files that take the process's id, which moves it into its control groups.
+    `latency_s` is added to every message. `save` writes the trained shard into the folder.
+    """
+
+    device: str
+    plan: str
+    workload: Mapping[str, Any]
+    folder: str
+    generation: int
+    secret: str
+    host: str
+    port: int = 0
+    latency_s: float = 0.0
+    send_buffer_bytes: int | None = None
+    accelerator: str = "cpu"
+    enter: tuple[str, ...] = ()
+    save: bool = False
+
+
+def work(channel: Channel, message: Message, pulse: Pulse) -> None:
+    """Do the job, or the probe, that the message holds. What goes wrong is told to the coordinator:
+    `{"failed": {kind, message, secondary, unsupported, refused, traceback}}`."""
+    _beat_from_now_on(pulse)
+    try:
+        if "probe" in message:
+            probe.work(channel, message["probe"])
+        else:
+            _work(channel, Job(**message["plan"]), pulse)
+    except Closed:
+        raise
+    except BaseException as error:
+        failed = {
+            "kind": type(error).__name__,
+            "message": str(error),
+            "secondary": isinstance(error, PeerLost),
+            "unsupported": isinstance(error, Unsupported),
+            "refused": isinstance(error, OrreryError),
+            "traceback": traceback.format_exc(),
+        }
+        channel.send({"failed": failed})
+        raise SystemExit(1) from error
+
+
+def _beat_from_now_on(pulse: Pulse) -> None:
+    def beat() -> None:
+        pause = threading.Event()
+        while not pause.wait(HEARTBEAT_S):
+            pulse.beat()
+
+    threading.Thread(target=beat, name="heartbeat", daemon=True).start()
+
+
+def _work(channel: Channel, job: Job, pulse: Pulse) -> None:
+    probe.enter(job.enter)
+    torch.set_num_threads(1)
+    sys.setswitchinterval(SWITCH_S)
+    plan, workload = from_json(job.plan), Workload(**job.workload)
+    mine = programs(plan, job.device)
+    transport = Transport(
+        job.device,
+        bytes.fromhex(job.secret),
+        job.generation,
+        latency_s=job.latency_s,
+        send_buffer_bytes=job.send_buffer_bytes,
+    )
+    try:
+        channel.send({"listening": transport.listen(job.host, job.port)})
+        shard = _shard(job, plan, workload)
+        dataset = samples.read(Path(job.folder) / SAMPLES)
+        check_samples(workload, dataset)
+        addresses = {name: tuple(address) for name, address in channel.receive()["peers"].items()}
+        outgoing, incoming = peers(mine)
+        transport.connect({peer: addresses[peer] for peer in outgoing}, incoming, timeout_s=CONNECT_S)
+
+        def barrier() -> None:
+            channel.send({"reached": True})
+            channel.receive()
+
+        worker = Worker(job.device, plan, mine, workload, shard, dataset, transport, barrier, pulse.progress)
+        worker.start()
+        moving = worker.rehearse()
+        gc.collect()
+        gc.freeze()  # what is there now stays: no need to look through it again and again
+        channel.send({"ready": True})
+        report = worker.run(channel.receive()["go"], moving)
+        if job.save:
+            _save(shard, job)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        channel.send({"done": REPORT.dump_python(report, mode="json") | {"process_peak_bytes": peak}})
+        channel.receive()  # all others are done, too: nobody misses us
+    finally:
+        transport.close()
+
+
+def _shard(job: Job, plan: Plan, workload: Workload) -> ModelShard:
+    """The model with weights for the units that some phase gives to this device."""
+    ranges = [phase.shards[job.device].units for phase in plan.phases if job.device in phase.shards]
+    first, last = min(first for first, _ in ranges), max(last for _, last in ranges)
+    layered = shards.load(workload, Path(job.folder) / WEIGHTS, first, last)
+    return ModelShard(layered, workload, plan, torch.device(ACCELERATORS[job.accelerator]))
+
+
+def _save(shard: ModelShard, job: Job) -> None:
+    """The trained weights of this device by name, and what its optimizers keep of each."""
+    kept = {name: tensor.cpu().clone() for name, tensor in state(shard.layered.root, shard.optimizers).items()}
+    save_file(kept, _trained_file(Path(job.folder), job.device))
+
+
+def trained(folder: Path, device: str) -> dict[str, Tensor]:
+    """What a device has saved."""
+    tensors: dict[str, Tensor] = load_file(_trained_file(folder, device))
+    return tensors
+
+
+def _trained_file(folder: Path, device: str) -> Path:
+    return folder / f"trained-{device}.safetensors"

@@ -1,0 +1,29 @@
+"""Processes that don't outlive the one that is responsible for them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+def die_with_parent(parent: int) -> None:
+    """From now on this process is killed when its parent, of that id, ends, however it ends. Linux only."""
+    if sys.platform != "linux":
+        return  # elsewhere the closed channel ends it
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)  # it was gone before the kernel knew
+
+
+def adopt_orphans() -> None:
+    """From now on whoever below this process loses its parent is its child, so that it can wait for it. Linux only."""
+    if sys.platform == "linux":
+        _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _prctl(option: int, argument: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(option, argument, 0, 0, 0)

@@ -1,0 +1,156 @@
+"""Several devices in one process: a worker, a transport and a shard each, in threads."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from harness import datasets, reference
+from harness.costs import Costs
+from harness.engine import DeviceReport, Execution, ModelShard, Worker, execution, programs
+from harness.engine.program import peers
+from harness.models import shards
+from harness.plan import Plan
+from harness.schedules import Pipeline, Stage, micro_batches
+from harness.transport import PeerLost, Transport
+from harness.workload import Workload
+
+#: A thread that takes longer hangs.
+TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one device: its shard and report, or the error that ended it; `ended_s` by `perf_counter`."""
+
+    shard: ModelShard | None
+    report: DeviceReport | None
+    error: BaseException | None
+    ended_s: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run on several devices leaves: its execution, and of each device its report and what it holds by name.
+
+    `state` has weights and the optimizer's state, as `reference.state` names them.
+    """
+
+    execution: Execution
+    reports: Mapping[str, DeviceReport]
+    shards: Mapping[str, ModelShard]
+
+    @property
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        return {name: reference.state(shard.layered.root, shard.optimizers) for name, shard in self.shards.items()}
+
+
+def by_hand(
+    costs: Costs, workload: Workload, stages: Sequence[Stage], micro_batch_size: int, warmup: Sequence[int]
+) -> Plan:
+    """The workload on these stages, without a planner."""
+    pipeline = Pipeline(costs, tuple(stages), workload.optimizer, clip=workload.clip_norm is not None)
+    sizes = {batch: micro_batches(batch, micro_batch_size) for batch, _ in workload.batches()}
+    phases = tuple(pipeline.phase(sizes[batch], warmup, repeat=repeat) for batch, repeat in workload.batches())
+    return Plan("by-hand", len(costs.units), pipeline.tensors, phases)
+
+
+def run_devices(
+    plan: Plan,
+    workload: Workload,
+    folder: Path,
+    data_dir: Path | None = None,
+    before: Callable[[str, ModelShard], object] = lambda device, shard: None,
+) -> Trained:
+    """Run the plan for real, over loopback. Raises what the first device to fail raised.
+
+    `before(device, shard)` is called when the shard is loaded.
+    """
+    found = outcomes(dict.fromkeys(plan.devices, plan), workload, folder, data_dir, before)
+    failed = [outcome for outcome in found.values() if outcome.error is not None]
+    if failed:
+        first = min(failed, key=lambda outcome: (secondary(outcome), outcome.ended_s))
+        assert first.error is not None
+        raise first.error
+    reports = {name: outcome.report for name, outcome in found.items() if outcome.report is not None}
+    held = {name: outcome.shard for name, outcome in found.items() if outcome.shard is not None}
+    return Trained(execution(plan, list(reports.values()), workload.training), reports, held)
+
+
+def secondary(outcome: Outcome) -> bool:
+    """Whether the device only met another one's end."""
+    return isinstance(outcome.error, threading.BrokenBarrierError | PeerLost)
+
+
+def outcomes(
+    plans: Mapping[str, Plan],
+    workload: Workload,
+    folder: Path,
+    data_dir: Path | None = None,
+    before: Callable[[str, ModelShard], object] = lambda device, shard: None,
+    progress: Callable[[str, int, Transport], object] = lambda device, number, transport: None,
+) -> dict[str, Outcome]:
+    """Each device runs its own plan, which should be the same; `progress` is called after each iteration.
+
+    A workload's weights are written into `folder` once.
+    """
+    weights = folder / f"weights{hash(workload)}.safetensors"
+    if not weights.exists():
+        shards.write(workload, weights)
+    dataset = datasets.load(workload, data_dir)
+    secret = secrets.token_bytes(32)
+    transports = {device: Transport(device, secret, 1) for device in plans}
+    addresses = {device: transport.listen("127.0.0.1") for device, transport in transports.items()}
+    together = threading.Barrier(len(plans), timeout=TIMEOUT_S)
+    found: dict[str, Outcome] = {}
+
+    def device_main(device: str) -> None:
+        transport, plan = transports[device], plans[device]
+        shard, report, failure, worker = None, None, None, None
+        try:
+            mine = programs(plan, device)
+            units = [phase.shards[device].units for phase in plan.phases]
+            layered = shards.load(workload, weights, min(a for a, _ in units), max(b for _, b in units))
+            shard = ModelShard(layered, workload, plan, torch.device("cpu"))
+            before(device, shard)
+            outgoing, incoming = peers(mine)
+            transport.connect({peer: addresses[peer] for peer in outgoing}, incoming, timeout_s=20)
+            worker = Worker(
+                device,
+                plan,
+                mine,
+                workload,
+                shard,
+                dataset,
+                transport,
+                barrier=together.wait,
+                progress=lambda number: progress(device, number, transport),
+            )
+            worker.start()
+            moving = worker.rehearse()
+            together.wait()
+            report = worker.run(time.perf_counter(), moving)
+            together.wait()
+        except BaseException as error:
+            failure = error
+            together.abort()
+        finally:
+            transport.close()
+            if worker is not None:
+                worker.stop()
+            found[device] = Outcome(shard, report, failure, time.perf_counter())
+
+    threads = [threading.Thread(target=device_main, args=(device,), daemon=True) for device in plans]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT_S)
+    assert not any(thread.is_alive() for thread in threads), "a device hangs"
+    return found
