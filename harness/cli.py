@@ -63,6 +63,7 @@ Epochs = Annotated[int | None, typer.Option("--epochs", help="default: 1")]
 Steps = Annotated[int | None, typer.Option("--steps", help="iterations, instead of epochs")]
 Optimizer = Annotated[str | None, typer.Option("--optimizer", help="sgd (default), sgd-momentum or adamw")]
 LearningRate = Annotated[float | None, typer.Option("--learning-rate")]
+ClipNorm = Annotated[float | None, typer.Option("--clip-norm", help="scale larger gradients down to this norm")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="default: float32")]
 Attention = Annotated[str | None, typer.Option("--attn-implementation", help="eager (default) or sdpa")]
 Dropout = Annotated[float | None, typer.Option("--dropout", help="default: the model's own")]
@@ -95,12 +96,21 @@ def list_(
 
 
 @app.command()
-def doctor(testbed: Testbed = None, out: Out = DEFAULT_OUT, as_json: Json = False) -> None:
+def doctor(
+    testbed: Testbed = None,
+    clean: Annotated[bool, typer.Option("--clean", help="remove what dead runs have left on this machine")] = False,
+    out: Out = DEFAULT_OUT,
+    as_json: Json = False,
+) -> None:
     """Check this installation and machine."""
     import dataclasses
 
+    from harness import registry
     from harness.doctor import examine
 
+    if clean:
+        for path in registry.leftovers().clean():
+            print(f"removed: {path}", file=sys.stderr)
     checks = examine(out, testbed)
     if as_json:
         print(json.dumps([dataclasses.asdict(check) for check in checks]))
@@ -151,6 +161,7 @@ def plan(
     epochs: Epochs = None,
     steps: Steps = None,
     optimizer: Optimizer = None,
+    clip_norm: ClipNorm = None,
     dtype: Dtype = None,
     attn_implementation: Attention = None,
     testbed: Testbed = None,
@@ -199,6 +210,7 @@ def run(
     steps: Steps = None,
     optimizer: Optimizer = None,
     learning_rate: LearningRate = None,
+    clip_norm: ClipNorm = None,
     dtype: Dtype = None,
     attn_implementation: Attention = None,
     dropout: Dropout = None,
@@ -208,6 +220,7 @@ def run(
     mode: Mode = None,
     repeats: Annotated[int | None, typer.Option(help="medians of N; simulated runs need no repeating")] = None,
     data_dir: Annotated[str | None, typer.Option(help="folder of the data set's files; default: the hub")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="train again on one device and compare")] = False,
     options: Set = None,
     force: Annotated[bool, typer.Option("--force", help="repeat runs that are finished")] = False,
     out: Out = DEFAULT_OUT,

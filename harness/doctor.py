@@ -7,12 +7,12 @@ import os
 import platform
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from harness import provenance, registry
 from harness.errors import OrreryError
 from harness.profile.store import folder
+from harness.registry import Finding as Check
 
 PACKAGES = ("harness", "baselines", "systems", "testbeds", "results")
 REQUIRED = ("torch", "transformers", "datasets", "numpy", "pandas", "pydantic")
@@ -21,24 +21,15 @@ OLDEST_PYTHON = (3, 10)
 ENOUGH_BYTES = 100 * 2**20
 
 
-@dataclass(frozen=True)
-class Check:
-    """`remedy` is empty where nothing needs to be done."""
-
-    name: str
-    ok: bool
-    found: str
-    remedy: str = ""
-
-
 def examine(out: Path, testbed: str | None = None) -> list[Check]:
     """All checks, in the order in which they are worth mending."""
     checks = [_python(), *map(_library, REQUIRED), *map(_package, PACKAGES), _writable("cache", folder())]
     checks += [_writable("results", out), _disk(out)]
     for kind in registry.METHOD_PACKAGES:
         checks += [_method(name, why) for name, why in registry.check_methods(kind).items()]
+    checks.append(_leftovers())
     if testbed is not None:
-        checks.append(_testbed(testbed))
+        checks += _testbed(testbed)
     return checks
 
 
@@ -91,10 +82,24 @@ def _method(name: str, why: str | None) -> Check:
     return Check(f"method {name}", why is None, why or "imports", remedy if why else "")
 
 
-def _testbed(name: str) -> Check:
+def _leftovers() -> Check:
+    found = registry.leftovers().find()
+    remedy = "`orrery doctor --clean` removes what dead runs have left."
+    return Check("leftovers of dead runs", not found, ", ".join(found) or "none", remedy if found else "")
+
+
+def _testbed(name: str) -> list[Check]:
+    """The testbed itself, and whether each of its modes can run here."""
     try:
         testbed = registry.load_testbed(name)
     except OrreryError as error:
-        return Check(f"testbed {name}", False, str(error), "Name another testbed, or mend its file.")
+        return [Check(f"testbed {name}", False, str(error), "Name another testbed, or mend its file.")]
     devices = len(testbed.cluster.devices)
-    return Check(f"testbed {name}", True, f"{devices} device{'s'[: devices != 1]}; modes: {', '.join(testbed.modes)}")
+    found = f"{devices} device{'s'[: devices != 1]}; modes: {', '.join(testbed.modes)}"
+    checks = [Check(f"testbed {name}", True, found)]
+    for mode in testbed.modes:
+        checks += [
+            Check(f"{mode}: {c.name}", c.ok, c.found, "" if c.ok else c.remedy)
+            for c in registry.load_mode(mode).examine(testbed)
+        ]
+    return checks

@@ -54,13 +54,22 @@ KEYS: dict[str, dict[str, type]] = {
         "steps": int,
         "optimizer": str,
         "learning_rate": float,
+        "clip_norm": float,
         "dtype": str,
         "attn_implementation": str,
         "dropout": float,
         "checkpoint": str,
         "seed": int,
     },
-    "run": {"method": str, "plan": str, "testbed": str, "mode": str, "repeats": int, "data_dir": str},
+    "run": {
+        "method": str,
+        "plan": str,
+        "testbed": str,
+        "mode": str,
+        "repeats": int,
+        "data_dir": str,
+        "verify": bool,
+    },
 }
 DEFAULT_DATASETS = {"text": "mrpc", "image": "digits"}
 #: PAC (ICPP 2024) trains with mini-batches of 16.
@@ -76,7 +85,8 @@ WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 class Request:
     """One run that is asked for, with every name looked up. `options` are the method's, defaults included.
 
-    Simulated runs are done once and have no `data_dir`, whatever was asked: neither makes a difference.
+    `verify`: what was trained is compared with the same training on one device. Simulated runs are done once, and have
+    no `data_dir` and nothing to verify, whatever was asked: it makes no difference.
     """
 
     method: Method
@@ -86,6 +96,7 @@ class Request:
     mode: str
     repeats: int = 1
     data_dir: Path | None = None
+    verify: bool = False
 
     @property
     def config_hash(self) -> str:
@@ -95,10 +106,11 @@ class Request:
             "method": [self.method.name, self.method.digest],
             "options": dict(self.options),
             "workload": dataclasses.asdict(self.workload),
-            "testbed": [self.testbed.name, dataclasses.asdict(self.testbed.cluster)],
+            "testbed": [self.testbed.name, dataclasses.asdict(self.testbed.cluster), [*map(str, self.testbed.events)]],
             "mode": self.mode,
             "repeats": self.repeats,
             "data_dir": None if self.data_dir is None else str(self.data_dir),
+            "verify": self.verify,
         }
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -246,6 +258,7 @@ def _requests(workload: Workload, run: Mapping[str, Any], options: Mapping[str, 
             mode=mode,
             repeats=1 if computed else repeats,
             data_dir=None if computed or "data_dir" not in run else Path(run["data_dir"]).expanduser(),
+            verify=not computed and run.get("verify", False),
         )
 
 

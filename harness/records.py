@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 #: Raised whenever a field changes its meaning, appears or goes. It is part of what a stored run is named by.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 #: Fields that may differ between two runs of the same input in simulated mode; all others are equal to the byte.
 NOT_DETERMINISTIC = ("planning_time_s", "provenance")
@@ -119,6 +119,7 @@ class Record(Part):
     steps: int | None = Field(description="iterations, where they were asked for instead of epochs")
     optimizer: str
     learning_rate: float
+    clip_norm: float | None = Field(description="2-norm that larger gradients are scaled down to; null: none")
     dropout: float | None = Field(description="null: the model's own probabilities")
     dtype: str
     attn_implementation: str
@@ -170,7 +171,12 @@ class Record(Part):
     loss: float | None = Field(default=None, description="mean training loss per sample in the last iteration")
     losses: list[float] | None = Field(default=None, description="mean training loss per sample of every iteration")
     metric: float | None = None
-    max_rel_error: float | None = Field(default=None, description="distance from the single-device oracle")
+    max_rel_error: float | None = Field(
+        default=None, description="where it was verified: distance of what was trained from the same on one device"
+    )
+    emulation: dict[str, JsonValue] | None = Field(
+        default=None, description="what the emulated testbed measured of itself before the run"
+    )
 
     provenance: Provenance
 

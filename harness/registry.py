@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -30,6 +31,16 @@ from harness.workload import Workload
 SYSTEMS, BASELINES = METHOD_PACKAGES = ("systems", "baselines")
 ENTRY_POINTS = "orrery.methods"
 MODES = ("simulated", "emulated", "real")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a run needs of this machine; the remedy is for where it is missing."""
+
+    name: str
+    ok: bool
+    found: str
+    remedy: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,10 @@ class Method:
 
 
 class Testbed(Protocol):
-    """What the runner needs of a testbed. `assumptions`: the assumed and fitted constants underneath."""
+    """What the runner needs of a testbed. `assumptions`: the assumed and fitted constants underneath.
+
+    `events`: what happens to it during a run.
+    """
 
     @property
     def name(self) -> str: ...
@@ -63,6 +77,18 @@ class Testbed(Protocol):
     def modes(self) -> Sequence[str]: ...
     @property
     def assumptions(self) -> Sequence[Any]: ...
+    @property
+    def events(self) -> Sequence[Any]: ...
+
+
+class Mode(Protocol):
+    """What the runner needs of a mode. A testbed is open for as many runs as wanted:
+
+    with opened(testbed) as execute: execute(plan, workload, costs, data_dir=..., verify=...)
+    """
+
+    def opened(self, testbed: Testbed) -> AbstractContextManager[Callable[..., Any]]: ...
+    def examine(self, testbed: Testbed) -> list[Finding]: ...
 
 
 def methods() -> dict[str, Entry]:
@@ -205,12 +231,17 @@ def experiments() -> list[tuple[str, str]]:
     return listed
 
 
-def load_mode(mode: str) -> Callable[..., Any]:
-    """`execute(plan, workload, costs, testbed, ...)` of the module of `testbeds/` that runs plans in this mode."""
+def load_mode(mode: str) -> Mode:
+    """The module of `testbeds/` that runs plans in this mode."""
     if mode not in MODES:
         raise unknown_name("mode", mode, MODES)
-    execute: Callable[..., Any] = importlib.import_module(f"testbeds.{mode}").execute
-    return execute
+    module: Any = importlib.import_module(f"testbeds.{mode}")
+    return module
+
+
+def leftovers() -> Any:
+    """The module that finds (`find()`) and removes (`clean()`) what killed runs have left on this machine."""
+    return importlib.import_module("testbeds.emulation.leftovers")
 
 
 def load_results(module: str) -> ModuleType:

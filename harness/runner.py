@@ -8,7 +8,7 @@ import dataclasses
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from harness import datasets, measure, models, profile, provenance, registry, store
 from harness.costs import Costs
 from harness.errors import Broken, OrreryError, OutOfMemory, Unsupported
-from harness.experiment import Request, reads_images
+from harness.experiment import COMPUTED, Request, reads_images
 from harness.plain import plain
 from harness.plan import Plan
 from harness.plan.graph import InvalidPlan
@@ -26,6 +26,7 @@ from harness.plan.validate import validate
 from harness.records import SCHEMA_VERSION, AssumedConstant, Provenance, Record
 from harness.registry import Testbed
 from harness.trace import Trace
+from harness.trace_export import write_chrome_trace
 from harness.workload import Workload
 
 
@@ -39,24 +40,73 @@ class Outcome:
 
 
 def sweep(requests: Sequence[Request], out: Path, force: bool = False) -> Iterator[Outcome]:
-    """Run what has not been run, one after the other. Each record is on disk, whole, before the next run starts.
+    """Run what has not been run. Each record is on disk, whole, as soon as its last repeat has ended.
 
+    Runs on one testbed in one mode follow each other, and those of one workload take turns with their repeats.
     Input that can't be run raises `OrreryError` where it was asked for alone; among others it is a row.
     """
     store.prepare(out, {request.config_hash for request in requests} if force else ())
+    with Testbeds() as testbeds:
+        for group in _groups(requests):
+            left = [_Series(request) for request in group]
+            while left:
+                for series in left:
+                    request = series.request
+                    stored = None if force or series.runs else store.finished(out, request.config_hash)
+                    if stored is not None:
+                        series.over = True
+                        yield Outcome(request, stored, skipped=True)
+                        continue
+                    try:
+                        series.run(testbeds)
+                    except OrreryError as error:
+                        if len(requests) == 1:
+                            raise
+                        series.end("unsupported", str(error))
+                    if series.over:
+                        yield Outcome(request, _saved(out, series), skipped=False)
+                left = [series for series in left if not series.over]
+
+
+def _groups(requests: Sequence[Request]) -> Iterator[list[Request]]:
+    """The requests of each workload on each testbed in each mode, by where they are first asked for."""
+    places: list[tuple[str, Testbed]] = []
+    groups: dict[tuple[int, Workload], list[Request]] = {}
     for request in requests:
-        stored = None if force else store.finished(out, request.config_hash)
-        if stored is not None:
-            yield Outcome(request, stored, skipped=True)
-            continue
-        try:
-            record = run(request)
-        except OrreryError as error:
-            if len(requests) == 1:
-                raise
-            record = _record(request, {"status": "unsupported", "reason": str(error)})
-        store.save(out, record)
-        yield Outcome(request, record, skipped=False)
+        place = (request.mode, request.testbed)
+        if place not in places:
+            places.append(place)
+        groups.setdefault((places.index(place), request.workload), []).append(request)
+    for _, group in sorted(groups.items(), key=lambda item: item[0][0]):
+        yield group
+
+
+def _saved(out: Path, series: _Series) -> Record:
+    """The record, written; before it the trace of what really happened."""
+    record = series.record()
+    if series.execution is not None and record.mode != COMPUTED:
+        write_chrome_trace(series.execution.trace, store.trace_path(out, record.provenance.config_hash))
+    store.save(out, record)
+    return record
+
+
+class Testbeds(contextlib.ExitStack):
+    """One testbed at a time, open from its first run until another one is wanted: opening a real one takes seconds."""
+
+    __test__ = False  # not a test class, whatever pytest makes of the name
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._open: tuple[object, Callable[..., Any]] | None = None
+
+    def execute(self, request: Request) -> Callable[..., Any]:
+        """What runs plans on the request's testbed in its mode."""
+        key = (request.mode, request.testbed)
+        if self._open is None or self._open[0] != key:
+            self._open = None
+            self.close()
+            self._open = key, self.enter_context(registry.load_mode(request.mode).opened(request.testbed))
+        return self._open[1]
 
 
 def run(request: Request) -> Record:
@@ -64,48 +114,81 @@ def run(request: Request) -> Record:
 
     Raises `OrreryError` for input that the user can mend.
     """
-    found: dict[str, Any] = {}
-    try:
-        _run(request, found)
-        found["status"] = "ok"
-    except OutOfMemory as error:
-        found.setdefault("peak_memory_bytes", error.needed_bytes)
-        found.update(status="oom", reason=str(error))
-    except Unsupported as error:
-        found.update(status="unsupported", reason=str(error))
-    except OrreryError:
-        raise
-    except Broken as error:
-        found.update(status="failed", reason=str(error), traceback=traceback.format_exc())
-    except Exception as error:
-        found.update(status="failed", reason=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
-    try:
-        return _record(request, found)
-    except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}" for e in error.errors()[:3])
-        return _record(request, {"status": "failed", "reason": f"What was measured makes no record: {wrong}"})
+    series = _Series(request)
+    with Testbeds() as testbeds:
+        while not series.over:
+            series.run(testbeds)
+    return series.record()
 
 
-def _run(request: Request, found: dict[str, Any]) -> None:
-    """Fill `found` with record fields as they become known, so that a row that ends early has what there was."""
-    if request.mode not in request.testbed.modes:
-        raise Unsupported(
-            f"the testbed {request.testbed.name} does not run in mode {request.mode}, "
-            f"only in: {', '.join(request.testbed.modes)}"
-        )
-    workload, testbed = request.workload, request.testbed
-    costs, plan = make_plan(request, found)
-    execute = registry.load_mode(request.mode)
-    runs = []
-    for _ in range(request.repeats):
-        execution = execute(plan, workload, costs, testbed, data_dir=request.data_dir)
-        found.update(measure.memory(execution.trace))
+class _Series:
+    """The repeats of one run, and what is known of its record: a series that ends early has what there was."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.over = False
+        self.runs: list[dict[str, Any]] = []
+        self.execution: Any = None
+        self._found: dict[str, Any] = {}
+        self._planned: tuple[Costs, Plan] | None = None
+
+    def run(self, testbeds: Testbeds) -> None:
+        """Run once more: the first time that includes planning, the last time what all repeats say together."""
+        try:
+            self._run(testbeds)
+            if len(self.runs) == self.request.repeats:
+                self._finish()
+        except OutOfMemory as error:
+            self._found.setdefault("peak_memory_bytes", error.needed_bytes)
+            self.end("oom", str(error))
+        except Unsupported as error:
+            self.end("unsupported", str(error))
+        except OrreryError:
+            raise
+        except Broken as error:
+            self.end("failed", str(error), traceback.format_exc())
+        except Exception as error:
+            self.end("failed", f"{type(error).__name__}: {error}", traceback.format_exc())
+
+    def _run(self, testbeds: Testbeds) -> None:
+        request, found = self.request, self._found
+        if request.mode not in request.testbed.modes:
+            raise Unsupported(
+                f"the testbed {request.testbed.name} does not run in mode {request.mode}, "
+                f"only in: {', '.join(request.testbed.modes)}"
+            )
+        if self._planned is None:
+            self._planned = make_plan(request, found)
+        costs, plan = self._planned
+        execute = testbeds.execute(request)
+        how = {"data_dir": request.data_dir, "verify": request.verify}
+        self.execution = execution = execute(plan, request.workload, costs, **how)
+        found.update(measure.memory(execution.trace), dilation=execution.dilation, emulation=execution.emulation)
         _must_fit(execution.trace, request)
-        runs.append(measure.measure(execution.trace, workload, testbed.cluster))
-    found.update(measure.repeated(runs))
-    if execution.losses:
-        found.update(losses=list(execution.losses), loss=execution.losses[-1])
-    found.update(metric=execution.metric, max_rel_error=execution.max_rel_error)
+        self.runs.append(measure.measure(execution.trace, request.workload, request.testbed.cluster))
+
+    def _finish(self) -> None:
+        last = self.execution
+        self._found.update(measure.repeated(self.runs))
+        if last.losses:
+            self._found.update(losses=list(last.losses), loss=last.losses[-1])
+        self._found.update(metric=last.metric, max_rel_error=last.max_rel_error)
+        self.end("ok")
+
+    def end(self, status: str, reason: str | None = None, stack: str | None = None) -> None:
+        self._found.update(status=status, reason=reason, traceback=stack)
+        self.over = True
+
+    def record(self) -> Record:
+        """The record of a series that is over."""
+        try:
+            return _record(self.request, self._found)
+        except ValidationError as error:
+            wrong = "; ".join(
+                f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}" for e in error.errors()[:3]
+            )
+            reason = f"What was measured makes no record: {wrong}"
+            return _record(self.request, {"status": "failed", "reason": reason})
 
 
 def make_plan(request: Request, found: dict[str, Any] | None = None) -> tuple[Costs, Plan]:

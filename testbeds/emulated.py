@@ -1,20 +1,282 @@
-"""Emulated mode: the plan for real, on this machine. So far one device, unshaped, in this process (`local-1`)."""
+"""Emulated mode: the plan for real, one worker process per device, on this machine shaped to behave like the testbed.
+
+On a `loopback` testbed nothing is shaped: that is for correctness, on any machine and without any right.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from harness import datasets, engine, models
+from harness import datasets, reference, samples
 from harness.costs import Costs
-from harness.engine import Execution
+from harness.engine import Execution, check_samples, execution
+from harness.errors import OrreryError, OutOfMemory, Unsupported
+from harness.fleet.coordinator import Lost
+from harness.fleet.job import SAMPLES, WEIGHTS, Job, trained
+from harness.models import shards
 from harness.plan import Plan
-from harness.threads import one_thread
+from harness.plan.serial import to_json
+from harness.registry import Finding
+from harness.samples import Dataset
+from harness.simulator import estimate
 from harness.workload import Workload
-from testbeds.library import Testbed
+from testbeds.emulation import calibration, cgroups, leftovers, namespaces, shaping
+from testbeds.emulation.calibration import Achieved
+from testbeds.emulation.machine import Machine
+from testbeds.emulation.setting import SEND_BUFFER_BYTES, Setting, decide, speeds
+from testbeds.library import Event, Testbed
+
+LOOPBACK = "loopback"
+MOST_LOCAL = 32
+#: What a worker needs beside its tensors: Python's own objects, threads, buffers of sockets.
+PROCESS_BYTES = 96 * 2**20
+#: An iteration that takes so much longer than simulated has stopped.
+STALL_FACTOR, STALL_S = 20.0, 60.0
+RIGHTS = "Run as root, or use a local-N testbed, which needs no rights."
+#: Rows of the pass by which a board's speed is compared with this machine's.
+PROFILED_ROWS = 2
 
 
-def execute(plan: Plan, workload: Workload, costs: Costs, testbed: Testbed, data_dir: Path | None = None) -> Execution:
-    """Real model, real data, real optimizer, for the plan of one device."""
-    dataset = datasets.load(workload, data_dir)
-    with one_thread():
-        return engine.execute(plan, workload, models.build(workload), dataset)
+@contextlib.contextmanager
+def opened(testbed: Testbed) -> Iterator[Callable[..., Execution]]:
+    """The testbed, for as many runs as wanted. Raises OrreryError where this machine can't be it."""
+    if testbed.medium != LOOPBACK and testbed.cluster.duplex != "full":
+        duplex = testbed.cluster.duplex
+        raise Unsupported(f"links with duplex {duplex!r} are simulated only: the switch here is full duplex")
+    if testbed.medium == LOOPBACK and len(testbed.cluster.devices) > MOST_LOCAL:
+        raise OrreryError(
+            f"{testbed.name} would start {len(testbed.cluster.devices)} processes here, and {MOST_LOCAL} are the most. "
+            "Choose a smaller one, or mode simulated."
+        )
+    with leftovers.only_one() as lock, leftovers.folder() as folder:
+        emulation = Emulation(testbed, folder, lock)
+        try:
+            yield emulation.execute
+        finally:
+            emulation.close()
+
+
+def examine(testbed: Testbed) -> list[Finding]:
+    """What stands in the way of emulating the testbed here."""
+    if testbed.medium == LOOPBACK and not testbed.own_memory:
+        return [Finding("emulation", True, "unshaped: needs no rights")]
+    limits = cgroups.available()
+    found = [
+        Finding("cpu limit", limits.cpu, "control groups" if limits.cpu else limits.why, RIGHTS),
+        Finding("memory limit", limits.memory, "control groups" if limits.memory else limits.why, RIGHTS),
+    ]
+    for program in ("ip", "tc", "nsenter"):
+        try:
+            found.append(Finding(program, True, namespaces.program(program)))
+        except OrreryError as error:
+            found.append(Finding(program, False, "not installed", str(error)))
+    try:
+        by = "netem" if shaping.has_netem() else "the transport, for this kernel has no netem"
+        found.append(Finding("network namespaces", True, f"latency is added by {by}"))
+    except OrreryError as error:
+        found.append(Finding("network namespaces", False, str(error), RIGHTS))
+    return found
+
+
+class Emulation:
+    """A testbed on this machine: its processes, what it is set to, and the files that workers read."""
+
+    def __init__(self, testbed: Testbed, folder: Path, lock: Path) -> None:
+        self.testbed, self.folder, self.lock = testbed, folder, lock
+        self.shaped = testbed.medium != LOOPBACK
+        self.machine: Machine | None = None
+        self.setting: Setting | None = None
+        self.achieved: Achieved | None = None
+        self.prepared: tuple[Workload, Path | None] | None = None
+        self.dataset: Dataset | None = None
+        self.generation, self.secret = 0, ""
+        self.oom_kills: dict[str, int] = {}
+
+    def execute(
+        self, plan: Plan, workload: Workload, costs: Costs, data_dir: Path | None = None, verify: bool = False
+    ) -> Execution:
+        """Run the plan. With `verify` it is trained again on one device, and the distance of the two is given.
+
+        Raises OutOfMemory for a device over its limit, Broken (a failed row) for one that is lost.
+        """
+        asked = self._decide(costs)
+        machine = self._machine()
+        dataset = self._prepare(workload, data_dir)
+        machine.ready()
+        setting = self._set(machine, asked)
+        self.generation, self.secret = machine.fleet.new_generation()
+        text = to_json(plan)
+        jobs = [self._job(machine, setting, text, workload, device, verify) for device in plan.devices]
+        iteration = max(max(p.iteration_s) for p in estimate(plan, costs, self.testbed.cluster).phases)
+        dilation = setting.dilation if setting else 1.0
+        events = _Events(machine, self.testbed.events, setting)
+        try:
+            reports = machine.fleet.run(
+                jobs, STALL_S + STALL_FACTOR * iteration * dilation, events.begun, events.happen
+            )
+        except Lost as lost:
+            self._explain(machine, lost, plan, costs)
+            raise
+        finally:
+            events.undo()
+        found = replace(execution(plan, reports, workload.training, dilation), emulation=self._about())
+        if not verify:
+            return found
+        wanted = reference.train(plan, workload, dataset)
+        adaptive = workload.optimizer == "adamw"
+        errors = [
+            reference.max_rel_error(trained(self.folder, device), wanted.state(), adaptive) for device in plan.devices
+        ]
+        return replace(found, max_rel_error=max(errors))
+
+    def close(self) -> None:
+        if self.machine is not None:
+            self.machine.close()
+            self.machine = None
+
+    def _prepare(self, workload: Workload, data_dir: Path | None) -> Dataset:
+        """The files that workers read: the model's weights, each takes its own, and the samples."""
+        if self.dataset is None or self.prepared != (workload, data_dir):
+            self.prepared = None
+            self.dataset = datasets.load(workload, data_dir)
+            check_samples(workload, self.dataset)
+            shards.write(workload, self.folder / WEIGHTS)
+            samples.save(self.dataset, self.folder / SAMPLES)
+            self.prepared = workload, data_dir
+        return self.dataset
+
+    def _machine(self) -> Machine:
+        """The processes, on their way up; new ones where some were lost in the last run."""
+        if self.machine is not None and self.machine.broken:
+            self.close()
+            self.setting = None
+            self.oom_kills.clear()
+        if self.machine is None:
+            limited = self.shaped or bool(self.testbed.own_memory)
+            self.machine = Machine(self.testbed.cluster.names, self.shaped, limited, [self.folder, self.lock])
+        return self.machine
+
+    def _decide(self, costs: Costs) -> Setting | None:
+        """What is asked of this machine; None on loopback. Raises OrreryError where it is too much."""
+        cluster = self.testbed.cluster
+        if not self.shaped:
+            return None
+        return decide(cluster, self.testbed.own_memory, speeds(cluster, costs, PROFILED_ROWS))
+
+    def _set(self, machine: Machine, setting: Setting | None) -> Setting | None:
+        """Shape and limit, then measure what that gives. On loopback only memory may be limited."""
+        if setting is None:
+            cluster = self.testbed.cluster
+            for device in self.testbed.own_memory:
+                machine.order("memory", device, limit_bytes=cluster.device(device).memory_bytes + PROCESS_BYTES)
+            return None
+        if setting == self.setting:
+            return setting
+        for device, rate in setting.mbit_per_s.items():
+            machine.order("shape", device, mbit_per_s=rate, latency_s=0.0)
+        for device, limit in setting.memory_bytes.items():
+            if limit is not None:
+                machine.order("memory", device, limit_bytes=limit + PROCESS_BYTES)
+        self.achieved = calibration.calibrate(machine, setting)
+        if machine.has_netem:
+            for device, rate in setting.mbit_per_s.items():
+                machine.order("shape", device, mbit_per_s=rate, latency_s=self._added_latency_s(setting))
+        self.setting = setting
+        return setting
+
+    def _added_latency_s(self, setting: Setting) -> float:
+        """What is missing of the testbed's latency: a message has a way to go here, too."""
+        assert self.achieved is not None
+        return max(0.0, setting.latency_s - self.achieved.hop_s)
+
+    def _job(
+        self, machine: Machine, setting: Setting | None, plan: str, workload: Workload, device: str, save: bool
+    ) -> Job:
+        rank = self.testbed.cluster.names.index(device)
+        return Job(
+            device=device,
+            plan=plan,
+            workload=asdict(workload),
+            folder=str(self.folder),
+            generation=self.generation,
+            secret=self.secret,
+            host=namespaces.address(rank) if self.shaped else "127.0.0.1",
+            latency_s=0.0 if setting is None or machine.has_netem else self._added_latency_s(setting),
+            send_buffer_bytes=SEND_BUFFER_BYTES if self.shaped else None,
+            enter=tuple(machine.entrances[device]),
+            save=save,
+        )
+
+    def _explain(self, machine: Machine, lost: Lost, plan: Plan, costs: Costs) -> None:
+        """A worker that the kernel killed for its memory is no failure but an out-of-memory row."""
+        if lost.exit_code != -signal.SIGKILL or lost.device not in self.testbed.own_memory or machine.broken:
+            return
+        kills = machine.order("oom-kills", lost.device)["oom_kills"]
+        if kills > self.oom_kills.get(lost.device, 0):
+            self.oom_kills[lost.device] = kills
+            limit = self.testbed.cluster.device(lost.device).memory_bytes
+            needed = estimate(plan, costs, self.testbed.cluster).peak_bytes[lost.device]
+            raise OutOfMemory(lost.device, needed, limit, "the kernel ended its worker at the limit") from lost
+
+    def _about(self) -> dict[str, object]:
+        """What the testbed measured of itself, for the record."""
+        if self.setting is None or self.achieved is None or self.machine is None:
+            return {"shaped": False}
+        return {
+            "shaped": True,
+            "latency_by": "netem" if self.machine.has_netem else "transport",
+            "message_s": self.achieved.hop_s,
+            "core_flops_per_s": self.achieved.core_flops_per_s,
+            "devices": {
+                device: {
+                    "cpu_share": share,
+                    "measured_cpu_share": self.achieved.shares[device],
+                    "quota_us_period_us": self.achieved.quotas[device],
+                    "nominal_mbit_per_s": self.setting.mbit_per_s[device],
+                    "measured_mbit_per_s": self.achieved.mbit_per_s.get(device),
+                }
+                for device, share in self.setting.shares.items()
+            },
+        }
+
+
+class _Events:
+    """What happens to links during a run, at the testbed's times."""
+
+    def __init__(self, machine: Machine, events: Sequence[Event], setting: Setting | None) -> None:
+        self.machine, self.setting = machine, setting
+        self.left = list(events) if setting is not None else []
+        self.happened: list[Event] = []
+        self.origin = 0.0
+
+    def begun(self, origin: float) -> None:
+        self.origin = origin
+
+    def happen(self) -> None:
+        """Called now and then: does what is due."""
+        while self.left and time.perf_counter() >= self.origin + self.left[0].at_s * self._dilation:
+            event = self.left.pop(0)
+            self.happened.append(event)
+            if event.link is not None:
+                self.machine.order("link", event.device, up=event.link == "up")
+            else:
+                assert event.mbit_per_s is not None
+                self.machine.order("rate", event.device, mbit_per_s=event.mbit_per_s / self._dilation)
+
+    def undo(self) -> None:
+        """Links are again what they were."""
+        for event in self.happened:
+            if not self.machine.broken:
+                assert self.setting is not None
+                self.machine.order("link", event.device, up=True)
+                self.machine.order("rate", event.device, mbit_per_s=self.setting.mbit_per_s[event.device])
+
+    @property
+    def _dilation(self) -> float:
+        assert self.setting is not None
+        return self.setting.dilation

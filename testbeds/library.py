@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
-from harness.cluster import Cluster
+from harness.cluster import Cluster, Device
 from harness.errors import OrreryError, unknown_name
 from testbeds.constants import Constant, Table, read
 from testbeds.profiles import MEDIA, MODEL_CONSTANTS, PORT_CONSTANTS, DeviceProfile, devices, load_device
@@ -35,8 +35,31 @@ class Assumption:
 
 
 @dataclass(frozen=True)
+class Event:
+    """At `at_s` of the run the link of `device` goes "down" or "up", or passes `mbit_per_s` nominal from then on."""
+
+    at_s: float
+    device: str
+    link: str | None = None
+    mbit_per_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A device's place in a testbed: its profile, and what this machine gives it if it is a process here."""
+
+    profile: DeviceProfile
+    cpu_share: float = 1.0
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
 class Testbed:
-    """Devices and links, the modes that can run on them, and the assumed and fitted constants underneath."""
+    """Devices and links, the modes that can run on them, and the assumed and fitted constants underneath.
+
+    `medium` is "loopback" where the links are this machine's own. `own_memory` are the devices with a memory of their
+    own; the others share this machine's. `events` happen while the testbed is emulated.
+    """
 
     name: str
     description: str
@@ -44,6 +67,9 @@ class Testbed:
     modes: tuple[str, ...]
     assumptions: tuple[Assumption, ...]
     path: Path
+    medium: str
+    own_memory: frozenset[str]
+    events: tuple[Event, ...] = ()
 
     __test__ = False  # not a test class, whatever pytest makes of the name
 
@@ -106,8 +132,10 @@ def _load(path: Path, name: str, count: int | None = None) -> Testbed:
         if count not in counts and not open_family:
             members = ", ".join(_member(path, n) for n in counts)
             raise OrreryError(f"There is no testbed called {name!r}. Its family has {members}.")
-    profiles = _profiles(table, path.parent, count)
+    slots = _slots(table, path.parent, count)
     link = table.table("link")
+    ranks = {f"device{rank}": slot for rank, slot in enumerate(slots)}
+    events = tuple(_events(table, ranks))
     table.close()
 
     medium = link.choice("medium", MEDIA)
@@ -122,24 +150,26 @@ def _load(path: Path, name: str, count: int | None = None) -> Testbed:
         raise link.error("tcp_efficiency", f"is {constants['tcp_efficiency'].value}. It is a fraction, at most 1.")
     mbit_per_s = constants["nominal_mbit_per_s"].value * constants["tcp_efficiency"].value
 
-    ranks = {f"device{rank}": profile for rank, profile in enumerate(profiles)}
     cluster = Cluster(
         name=name,
-        devices=tuple(profile.device(d, _memory_bytes(profile, profiles)) for d, profile in ranks.items()),
-        bandwidth={d: _port_mbit_per_s(profile, medium, mbit_per_s) * 1e6 / 8 for d, profile in ranks.items()},
+        devices=tuple(_device(d, slot, slots) for d, slot in ranks.items()),
+        bandwidth={d: _port_mbit_per_s(slot.profile, medium, mbit_per_s) * 1e6 / 8 for d, slot in ranks.items()},
         latency_s=constants["latency_s"].value,
         duplex=duplex,
     )
-    used = {profile.name: _used(profile, medium) for profile in profiles} | {"link": constants}
-    return Testbed(name, description, cluster, tuple(modes), tuple(_assumptions(used)), path)
+    used = {slot.profile.name: _used(slot.profile, medium) for slot in slots} | {"link": constants}
+    own = {d for d, slot in ranks.items() if slot.memory_bytes is not None or slot.profile.measured is None}
+    return Testbed(
+        name, description, cluster, tuple(modes), tuple(_assumptions(used)), path, medium, frozenset(own), events
+    )
 
 
-def _profiles(table: Table, beside: Path, count: int | None) -> list[DeviceProfile]:
-    """The profile of every device, in rank order."""
+def _slots(table: Table, beside: Path, count: int | None) -> list[Slot]:
+    """Every device, in rank order."""
     entries = table.tables("devices")
     if count is not None and len(entries) != 1:
         raise table.error("devices", f"has {len(entries)} entries. A family repeats exactly one.")
-    profiles: list[DeviceProfile] = []
+    slots: list[Slot] = []
     for entry in entries:
         name = entry.text("profile")
         repeat = count or 1
@@ -147,27 +177,73 @@ def _profiles(table: Table, beside: Path, count: int | None) -> list[DeviceProfi
             if count is not None:
                 raise entry.error("count", "contradicts `counts`: in a family the testbed's name says how many.")
             repeat = entry.take("count", int, "a whole number of at least 1")
-        entry.close()
-        if not 1 <= repeat <= MAX_DEVICES - len(profiles):
+        if not 1 <= repeat <= MAX_DEVICES - len(slots):
             raise entry.error("count", f"is {repeat}. A testbed has 1 to {MAX_DEVICES} devices.")
         try:
-            profiles += [load_device(name, beside)] * repeat
+            profile = load_device(name, beside)
         except OrreryError as error:
             raise entry.error("profile", f"is {name!r}. {error}") from None
-    return profiles
+        slots += [_slot(entry, profile)] * repeat
+        entry.close()
+    return slots
 
 
-def _memory_bytes(profile: DeviceProfile, profiles: list[DeviceProfile]) -> int:
-    """A board's usable memory; processes of this machine share what it has installed."""
-    if profile.measured is None:
-        return int(profile.required("usable_memory_bytes"))
+def _slot(entry: Table, profile: DeviceProfile) -> Slot:
+    """`cpu_share` and `memory_bytes` are for processes of this machine: a board has its own."""
+    share, memory = 1.0, None
+    for key in ("cpu_share", "memory_bytes"):
+        if entry.has(key) and profile.measured is None:
+            raise entry.error(key, f"is for processes of this machine; {profile.name} is a board, and has its own.")
+    if entry.has("cpu_share"):
+        share = entry.number("cpu_share", allow_zero=False)
+        if share > 1:
+            raise entry.error("cpu_share", f"is {share}. It is a fraction of one core, at most 1.")
+    if entry.has("memory_bytes"):
+        memory = entry.take("memory_bytes", int, "a whole number of at least 1")
+        if memory < 1:
+            raise entry.error("memory_bytes", f"is {memory}. It must be a whole number of at least 1.")
+    return Slot(profile, share, memory)
+
+
+def _events(table: Table, ranks: Mapping[str, Slot]) -> Iterator[Event]:
+    """Changes of links while the testbed is emulated, in order of time."""
+    found = []
+    for entry in table.tables("events") if table.has("events") else ():
+        at_s = entry.number("at_s", allow_zero=True)
+        device = entry.text("device")
+        if device not in ranks:
+            raise entry.error("device", f"is {device!r}. The testbed has {', '.join(ranks)}.")
+        if entry.has("link") == entry.has("mbit_per_s"):
+            raise entry.error("link", 'or `mbit_per_s` must be given, one of the two: "down" or "up", or a rate.')
+        if entry.has("link"):
+            found.append(Event(at_s, device, link=entry.choice("link", ("down", "up"))))
+        else:
+            found.append(Event(at_s, device, mbit_per_s=entry.number("mbit_per_s", allow_zero=False)))
+        entry.close()
+    yield from sorted(found, key=lambda event: event.at_s)
+
+
+def _device(name: str, slot: Slot, slots: Sequence[Slot]) -> Device:
+    """As planners see it: a share of a core has the same share of its memory bandwidth."""
+    device = slot.profile.device(name, _memory_bytes(slot, slots))
+    if slot.profile.measured is None:
+        return device
+    return replace(device, share=slot.cpu_share, memory_bandwidth=device.memory_bandwidth * slot.cpu_share)
+
+
+def _memory_bytes(slot: Slot, slots: Sequence[Slot]) -> int:
+    """A board's usable memory; processes of this machine share what it has installed, unless told otherwise."""
+    if slot.memory_bytes is not None:
+        return slot.memory_bytes
+    if slot.profile.measured is None:
+        return int(slot.profile.required("usable_memory_bytes"))
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return installed // sum(p.measured is not None for p in profiles)
+    return installed // sum(s.profile.measured is not None for s in slots)
 
 
 def _port_mbit_per_s(profile: DeviceProfile, medium: str, link_mbit_per_s: float) -> float:
     """What TCP gets through a device's port: the link's rate, or the port's own where that is less."""
-    if medium not in PORT_CONSTANTS:
+    if medium not in PORT_CONSTANTS or profile.measured is not None:  # a virtual port is as fast as is asked for
         return link_mbit_per_s
     return min(link_mbit_per_s, profile.required(PORT_CONSTANTS[medium]))
 

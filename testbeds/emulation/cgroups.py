@@ -200,6 +200,11 @@ def group_name(pid: int, proc: Path = PROC) -> str:
     return f"orrery-{pid}-{start}-{_pid_namespace(proc)}"
 
 
+def is_leftover(name: str, proc: Path = PROC) -> bool:
+    """Whether `name` is that of a campaign whose owner is dead."""
+    return NAME.fullmatch(name) is not None and not _is_alive(name, proc)
+
+
 def _is_alive(name: str, proc: Path) -> bool:
     """Whether the owner of a campaign's group lives, or can't be judged from here."""
     match = NAME.fullmatch(name)

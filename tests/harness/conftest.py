@@ -23,6 +23,7 @@ ASKED = {
     "steps": None,
     "optimizer": "sgd",
     "learning_rate": 0.01,
+    "clip_norm": None,
     "dropout": None,
     "dtype": "float32",
     "attn_implementation": "eager",
@@ -32,7 +33,7 @@ ASKED = {
     "num_devices": 4,
     "status": "ok",
     "provenance": {
-        "schema_version": 1,
+        "schema_version": 2,
         "package_version": None,
         "git_commit": None,
         "git_dirty": None,

@@ -42,6 +42,7 @@ def method_file(folder: Path, body: str, options: str = "{}") -> str:
         *((field, value) for field in ("batch_size", "seq_len", "image_size", "epochs", "steps") for value in (-1, 0)),
         *(("num_samples", 10**19), ("seed", -1), ("seed", 2**63), ("learning_rate", 0.0), ("learning_rate", -1.0)),
         *(("learning_rate", float("nan")), ("learning_rate", float("inf"))),
+        *(("clip_norm", value) for value in (0.0, -1.0, float("nan"), float("inf"))),
         *(("dropout", 1.0), ("dropout", -0.1), ("dropout", float("nan"))),
     ],
 )

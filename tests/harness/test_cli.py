@@ -85,6 +85,14 @@ def test_run_prints_a_table_and_writes_records_and_tables(folder: Path) -> None:
     assert "(done before)" not in Result(f"run --method eddl {TINY} --testbed pac-nano-2 --force").err
 
 
+def test_clip_norm_is_a_flag_of_run_and_plan() -> None:
+    asked = f"--method eddl {TINY} --testbed pac-nano-2 --clip-norm 0.5"
+    assert json.loads(Result(f"run {asked} --json").out)["clip_norm"] == 0.5
+    assert "clipped by norm.v1" in Result(f"plan {asked}").out
+    refused = Result(f"run {asked}".replace("0.5", "-1"))
+    assert (refused.code, "clip_norm is -1.0; it must be a number above 0" in refused.err) == (2, True)
+
+
 def test_json_is_one_record_per_line_and_nothing_else(folder: Path) -> None:
     (folder / "sweep.toml").write_text(
         '[workload]\nmodel = "bert-tiny"\nsteps = 2\n'

@@ -57,6 +57,13 @@ def test_metrics_agree_with_each_other_and_with_closed_forms() -> None:
     assert record.energy_j == pytest.approx(sum(parts))
 
 
+def test_clipping_is_in_the_record_and_in_the_bytes_sent() -> None:
+    plain, clipped = (runner.run(request(clip_norm=norm)) for norm in (None, 0.5))
+    assert (plain.clip_norm, clipped.clip_norm, clipped.status) == (None, 0.5, "ok")
+    assert clipped.provenance.config_hash != plain.provenance.config_hash
+    assert clipped.comm_bytes == (plain.comm_bytes or 0) + 4 * 2 * 3 * 4  # steps, twice round the ring, one float
+
+
 def test_same_input_same_bytes_in_any_process(tmp_path: Path) -> None:
     """From Python here, and from the command line in processes whose sets are ordered differently."""
     here = harness.run(**TINY, method="gpipe", testbed="pac-nano-4", options={"micro_batch_size": 2})
