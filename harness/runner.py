@@ -20,7 +20,7 @@ from harness.costs import Costs
 from harness.errors import Broken, OrreryError, OutOfMemory, Unsupported
 from harness.experiment import COMPUTED, Request, reads_images
 from harness.plain import plain
-from harness.plan import Plan
+from harness.plan import Plan, Step
 from harness.plan.graph import InvalidPlan
 from harness.plan.validate import validate
 from harness.records import SCHEMA_VERSION, AssumedConstant, Provenance, Record
@@ -271,9 +271,17 @@ def _must_fit_the_question(plan: Plan, costs: Costs, request: Request) -> None:
         found = f"cuts a model of {plan.num_units} units, and {workload.model} has {len(costs.units)}"
     elif samples != workload.total_samples:
         found = f"processes {samples} samples, and the workload has {workload.total_samples}"
+    elif costs.training and _clips(plan) != (workload.clip_norm is not None):
+        found = "clips gradients, and the workload does not" if _clips(plan) else "clips nothing, and the workload does"
     else:
         return
     raise OrreryError(f"The plan of {request.method.name} {found}. Plan again for this workload and testbed.")
+
+
+def _clips(plan: Plan) -> bool:
+    """Whether an update of the plan reads a norm."""
+    lists = (actions for phase in plan.phases for actions in phase.actions.values())
+    return any(isinstance(action, Step) and action.norm is not None for actions in lists for action in actions)
 
 
 def _shapes_match(workload: Workload) -> None:
