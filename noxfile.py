@@ -43,14 +43,14 @@ def bench(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def reproduce(session: nox.Session) -> None:
-    """Every table and figure that can be made here. Arguments go to `orrery reproduce`; without any: all."""
+    """Every table and figure that needs no rights. Arguments go to `orrery reproduce`; without any: all."""
     run(session, "orrery", "reproduce", *(session.posargs or ["all"]))
 
 
 @nox.session(venv_backend="none", default=False)
 def emulate(session: nox.Session) -> None:
-    """The runs for real on this machine, beside the simulator: so far training on one device."""
-    run(session, "orrery", "reproduce", *(session.posargs or ["local"]))
+    """The runs for real on this machine, beside the simulator. Shaped testbeds need root, or user namespaces."""
+    run(session, "orrery", "reproduce", *(session.posargs or ["emulated", "local"]))
 
 
 @nox.session(venv_backend="none", default=False)

@@ -220,7 +220,9 @@ def run(
     mode: Mode = None,
     repeats: Annotated[int | None, typer.Option(help="medians of N; simulated runs need no repeating")] = None,
     data_dir: Annotated[str | None, typer.Option(help="folder of the data set's files; default: the hub")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="train again on one device and compare")] = False,
+    verify: Annotated[
+        bool | None, typer.Option("--verify", help="train again on one device and compare")
+    ] = None,
     options: Set = None,
     force: Annotated[bool, typer.Option("--force", help="repeat runs that are finished")] = False,
     out: Out = DEFAULT_OUT,
@@ -284,6 +286,8 @@ def reproduce(
 
     records = registry.load_results("reproduce").run(names or [], out, force)
     print(show.records_table(records))
+    if agreement := registry.load_results("agreement").text(records):
+        print(f"\n{agreement}\n")
     print(f"report: {out / 'index.html'}")
     raise typer.Exit(FAILED if any(record.status == "failed" for record in records) else 0)
 

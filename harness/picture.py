@@ -1,8 +1,9 @@
-"""A trace as a Gantt chart: one row per queue of each device, the bytes alive below."""
+"""Gantt charts: one row per queue of each device. A trace with the bytes alive below, or a real and a simulated one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,14 @@ MAX_DEVICES = 32
 FONT_PT = 7.0
 #: Inches: the panels' width, one row, the memory panel, one line of a legend.
 PANEL_IN, ROW_IN, MEMORY_IN, LEGEND_IN = 9.2, 0.22, 1.7, 0.16
+#: A row that holds two boxes above each other, with room for their numbers.
+DOUBLE_ROW_IN = 0.34
+#: Above and below the middle of a row, in rows.
+BOX = 0.42
+#: How much white is in a pale colour.
+PALE = 0.5
+#: (phase, iteration) that an overlay shows, the first that there is: the first iteration warms up.
+COMPARED = ((0, 1), (0, 0))
 LEGEND: dict[str, Any] = {
     "frameon": False,
     "borderaxespad": 0.3,
@@ -41,6 +50,17 @@ LEGEND: dict[str, Any] = {
     "columnspacing": 1.2,
     "handletextpad": 0.5,
 }
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Events that are drawn between `top` and `bottom` of their rows; the time `begin` is at the left edge."""
+
+    events: Sequence[Event]
+    begin: float
+    top: float = -BOX
+    bottom: float = BOX
+    pale: bool = False
 
 
 def gantt(
@@ -55,9 +75,7 @@ def gantt(
     `memory_budget_bytes[device]` draws what each device has. OrreryError for any other suffix, for a trace
     without events, and where the file can't be written.
     """
-    path = Path(path)
-    if path.suffix not in METADATA:
-        raise OrreryError(f"{path}: a picture's name ends in one of {', '.join(METADATA)}. Choose one of them.")
+    path = _drawable(path)
     devices = trace.devices[:MAX_DEVICES]
     in_order = dict.fromkeys((event.phase, event.iteration) for event in trace.events)
     window = list(in_order)[:iterations]
@@ -71,8 +89,7 @@ def gantt(
     span = (end - begin) * scale
     queues = [queue for queue in QUEUES if any(event.queue == queue for event in events)]
     budgets = {device: nbytes for device, nbytes in (memory_budget_bytes or {}).items() if device in devices}
-    left_out = len(trace.devices) - len(devices)
-    heading = title + (f" (first {len(devices)} of {len(trace.devices)} devices)" if left_out else "")
+    heading = _heading(title, len(trace.devices))
 
     import matplotlib
     from matplotlib.figure import Figure
@@ -81,7 +98,8 @@ def gantt(
         figure = Figure()
         panels = [figure.add_subplot() for _ in range(2 if trace.memory_timeline else 1)]
         heights_in = [ROW_IN * len(devices) * len(queues), MEMORY_IN]
-        _boxes(panels[0], [event for event in events if event.device in devices], devices, queues, begin, scale, span)
+        _boxes(panels[0], _Layer(events, begin), devices, queues, scale, span)
+        _rows(panels[0], events, devices, queues)
         legend_lines = 0
         if trace.memory_timeline:
             panels[0].tick_params(axis="x", labelbottom=False)
@@ -91,14 +109,63 @@ def gantt(
             panel.spines[["top", "right"]].set_visible(False)
         shown = "first iteration" if len(window) == 1 else f"first {len(window)} iterations"
         panels[-1].set_xlabel(f"time in {unit}, {shown}", labelpad=2)
-        left_in = 0.7 + 0.06 * max(map(len, devices))
-        top_in = 0.25 + (0.3 if heading else 0)
-        _place(figure, panels, heights_in, left_in, top_in, 0.4 + LEGEND_IN * legend_lines)
-        if heading:
-            size_in = figure.get_size_inches()
-            figure.text(left_in / size_in[0], 1 - 0.08 / size_in[1], heading, va="top", fontsize=FONT_PT + 3)
-        kind, metadata = path.suffix[1:], METADATA[path.suffix]
-        write_whole(path, lambda part: figure.savefig(part, format=kind, metadata=metadata, dpi=150))
+        _place(figure, panels, heights_in, devices, heading, 0.4 + LEGEND_IN * legend_lines)
+        _save(figure, path)
+
+
+def overlay(real: Sequence[Event], simulated: Trace, path: Path | str, title: str = "") -> None:
+    """Draw one iteration of a plan as it really ran and, paler below it in each row, as it was simulated.
+
+    It is the second iteration of the first phase, the first where there is no other: from its own first event on, in
+    both. Raises OrreryError as `gantt` does, and where the two have no such iteration, or are of other devices.
+    """
+    path = _drawable(path)
+    strangers = sorted({event.device for event in real}.difference(simulated.devices))
+    if strangers:
+        raise OrreryError(
+            f"{path} is not drawn: {', '.join(strangers)} ran for real, and simulated are "
+            f"{', '.join(simulated.devices)}. Both must be of one plan."
+        )
+    above, below = _by_iteration(real), _by_iteration(simulated.events)
+    which = next((which for which in COMPARED if above.get(which) and below.get(which)), None)
+    if which is None:
+        raise OrreryError(f"{path} is not drawn: the two have no iteration in common whose events take time.")
+    layers = (
+        _Layer(above[which], min(event.start_s for event in above[which]), bottom=0.0),
+        _Layer(below[which], min(event.start_s for event in below[which]), top=0.0, pale=True),
+    )
+    devices = simulated.devices[:MAX_DEVICES]
+    events = [*above[which], *below[which]]
+    queues = [queue for queue in QUEUES if any(event.queue == queue for event in events)]
+    longest = max(event.end_s - layer.begin for layer in layers for event in layer.events)
+    scale, unit = _unit(longest)
+    span = longest * scale
+
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": "orrery", "font.size": FONT_PT, "axes.linewidth": 0.5}):
+        figure = Figure()
+        panel = figure.add_subplot()
+        for layer in layers:
+            _boxes(panel, layer, devices, queues, scale, span)
+        _rows(panel, events, devices, queues, ("above: really happened", "below, paler: simulated"))
+        panel.set_xlim(0, span)
+        panel.spines[["top", "right"]].set_visible(False)
+        ordinal = "second" if which[1] else "first"
+        panel.set_xlabel(f"time in {unit} since the {ordinal} iteration began", labelpad=2)
+        heading = _heading(title, len(simulated.devices))
+        _place(figure, [panel], [DOUBLE_ROW_IN * len(devices) * len(queues)], devices, heading, 0.4)
+        _save(figure, path)
+
+
+def _by_iteration(events: Sequence[Event]) -> dict[tuple[int, int], list[Event]]:
+    """The events that take time, by phase and iteration."""
+    found: dict[tuple[int, int], list[Event]] = {}
+    for event in events:
+        if event.end_s > event.start_s:
+            found.setdefault((event.phase, event.iteration), []).append(event)
+    return found
 
 
 def meaning(event: Event) -> str:
@@ -108,11 +175,34 @@ def meaning(event: Event) -> str:
     return "storage" if event.kind in ("load", "store") else event.kind
 
 
+def _drawable(path: Path | str) -> Path:
+    path = Path(path)
+    if path.suffix not in METADATA:
+        raise OrreryError(f"{path}: a picture's name ends in one of {', '.join(METADATA)}. Choose one of them.")
+    return path
+
+
+def _heading(title: str, num_devices: int) -> str:
+    return title + (f" (first {MAX_DEVICES} of {num_devices} devices)" if num_devices > MAX_DEVICES else "")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    kind, metadata = path.suffix[1:], METADATA[path.suffix]
+    write_whole(path, lambda part: figure.savefig(part, format=kind, metadata=metadata, dpi=150))
+
+
 def _place(
-    figure: Figure, panels: Sequence[Axes], heights_in: Sequence[float], left_in: float, top_in: float, bottom_in: float
+    figure: Figure,
+    panels: Sequence[Axes],
+    heights_in: Sequence[float],
+    devices: Sequence[str],
+    heading: str,
+    bottom_in: float,
 ) -> None:
-    """Size the figure around its panels, which stand below each other."""
+    """Size the figure around its panels, which stand below each other, and write the heading above them."""
     gap_in = 0.12
+    left_in = 0.7 + 0.06 * max(map(len, devices))
+    top_in = 0.25 + (0.3 if heading else 0)
     height_in = top_in + sum(h + gap_in for h in heights_in[: len(panels)]) - gap_in + bottom_in
     width_in = left_in + PANEL_IN + 0.2
     figure.set_size_inches(width_in, height_in)
@@ -121,41 +211,56 @@ def _place(
         bottom = (upper_in - panel_in) / height_in
         panel.set_position((left_in / width_in, bottom, PANEL_IN / width_in, panel_in / height_in))
         upper_in -= panel_in + gap_in
+    if heading:
+        figure.text(left_in / width_in, 1 - 0.08 / height_in, heading, va="top", fontsize=FONT_PT + 3)
 
 
-def _boxes(
-    axes: Axes,
-    events: Sequence[Event],
-    devices: Sequence[str],
-    queues: Sequence[str],
-    begin: float,
-    scale: float,
-    span: float,
-) -> None:
-    """One box per event, with its micro-batch number where there is room."""
+def _boxes(axes: Axes, layer: _Layer, devices: Sequence[str], queues: Sequence[str], scale: float, span: float) -> None:
+    """One box per event of these devices, with its micro-batch number where there is room."""
     from matplotlib.collections import PolyCollection
-    from matplotlib.patches import Patch
 
     row = {(device, queue): d * len(queues) + q for d, device in enumerate(devices) for q, queue in enumerate(queues)}
     corners, colours, edges = [], [], []
-    for event in events:
-        left, right, y = (event.start_s - begin) * scale, (event.end_s - begin) * scale, row[event.device, event.queue]
+    for event in layer.events:
+        if event.device not in devices:
+            continue
+        left, right = (event.start_s - layer.begin) * scale, (event.end_s - layer.begin) * scale
+        middle = row[event.device, event.queue]
+        top, bottom = middle + layer.top, middle + layer.bottom
         width_pt = (right - left) / span * PANEL_IN * 72
-        corners.append(((left, y - 0.42), (left, y + 0.42), (right, y + 0.42), (right, y - 0.42)))
-        colours.append(COLOURS[meaning(event)])
+        corners.append(((left, top), (left, bottom), (right, bottom), (right, top)))
+        colours.append(_pale(COLOURS[meaning(event)]) if layer.pale else COLOURS[meaning(event)])
         edges.append("white" if width_pt > 2 else colours[-1])  # what is thinner than its edge must not vanish
         number = str(event.micro_batch)
         if event.micro_batch >= 0 and width_pt > 0.65 * FONT_PT * len(number) + 2:
-            ink = "white" if event.kind == "forward" else "black"
-            axes.text((left + right) / 2, y, number, ha="center", va="center_baseline", color=ink, fontsize=FONT_PT)
+            ink = "white" if event.kind == "forward" and not layer.pale else "black"
+            place = ((left + right) / 2, (top + bottom) / 2)
+            axes.text(*place, number, ha="center", va="center_baseline", color=ink, fontsize=FONT_PT)
     axes.add_collection(PolyCollection(corners, facecolors=colours, edgecolors=edges, linewidths=0.4))
+
+
+def _pale(colour: str) -> str:
+    """The colour with white in it."""
+    parts = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(part + (255 - part) * PALE):02X}" for part in parts)
+
+
+def _rows(
+    axes: Axes, events: Sequence[Event], devices: Sequence[str], queues: Sequence[str], halves: Sequence[str] = ()
+) -> None:
+    """Names and shades of the rows, and what colours mean; `halves` says what the halves of a row are."""
+    from matplotlib.patches import Patch
+
+    rows = [(device, queue) for device in devices for queue in queues]
     for d in range(0, len(devices), 2):
         axes.axhspan(d * len(queues) - 0.5, (d + 1) * len(queues) - 0.5, color="#F2F2F2", zorder=0, linewidth=0)
-    axes.set_ylim(len(row) - 0.5, -0.5)
-    axes.set_yticks(range(len(row)), [f"{d}   {q}" if q == queues[0] else q for d, q in row])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_yticks(range(len(rows)), [f"{d}   {q}" if q == queues[0] else q for d, q in rows])
     axes.tick_params(axis="y", length=0)
     present = {meaning(event) for event in events}
     patches = [Patch(color=colour, label=name) for name, colour in COLOURS.items() if name in present]
+    shades = ["black", _pale("#000000")]
+    patches += [Patch(color=shade, label=half) for shade, half in zip(shades, halves, strict=False)]
     axes.legend(
         handles=patches, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(patches), handlelength=1.4, **LEGEND
     )

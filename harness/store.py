@@ -1,4 +1,7 @@
-"""The results folder: one JSON file per run, whole or absent, named by the hash of what was asked; and the table."""
+"""The results folder: one JSON file per run, whole or absent, named by the hash of what was asked; and the table.
+
+Beside the record of a run that really happened lies its trace.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,11 @@ FINISHED = ("ok", "oom")
 
 def run_path(out: Path, config_hash: str) -> Path:
     return out / "runs" / f"{config_hash}.json"
+
+
+def trace_path(out: Path, config_hash: str) -> Path:
+    """The timeline of a run that really happened, its last repeat; for people's viewers and `read_chrome_trace`."""
+    return out / "traces" / f"{config_hash}.json"
 
 
 def prepare(out: Path, replaced: Container[str] = ()) -> None:

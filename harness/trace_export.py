@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+from harness.errors import OrreryError
 from harness.plan.actions import QUEUES
 from harness.store import write_whole
 from harness.trace import Event, Trace
@@ -40,6 +42,26 @@ def write_chrome_trace(trace: Trace, path: Path | str) -> None:
     write_whole(Path(path), lambda part: part.write_text(text, encoding="utf-8"))
 
 
+def read_chrome_trace(path: Path | str) -> tuple[tuple[str, ...], tuple[Event, ...]]:
+    """The devices and events of a file of `write_chrome_trace`; their times are whole nanoseconds.
+
+    Raises OrreryError where the file can't be read, or is not one of ours.
+    """
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))["traceEvents"]
+        device = {e["pid"]: e["args"]["name"] for e in entries if (e["ph"], e["name"]) == ("M", "process_name")}
+        events = tuple(_event(entry, device[entry["pid"]]) for entry in entries if entry["ph"] == "X")
+    except OSError as error:
+        raise OrreryError(
+            f"The trace {path} can't be read: {error.strerror or error}. Name another file, or run again."
+        ) from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise OrreryError(
+            f"{path} is no trace of Orrery ({type(error).__name__}: {error}). Remove it; --force repeats its run."
+        ) from error
+    return tuple(device[pid] for pid in sorted(device)), events
+
+
 def _metadata(kind: str, pid: int, tid: int = 0, **args: object) -> dict[str, object]:
     return {"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": args}
 
@@ -63,6 +85,25 @@ def _slice(event: Event, pid: int) -> dict[str, object]:
         "tid": QUEUES.index(event.queue) + 1,
         "args": args,
     }
+
+
+def _event(entry: dict[str, Any], device: str) -> Event:
+    """The inverse of `_slice`."""
+    start_ns, duration_ns = round(entry["ts"] * 1e3), round(entry["dur"] * 1e3)
+    args = entry["args"]
+    return Event(
+        device=device,
+        queue=QUEUES[entry["tid"] - 1],
+        kind=entry["cat"],
+        label=entry["name"],
+        start_s=start_ns / 1e9,
+        end_s=(start_ns + duration_ns) / 1e9,
+        phase=args["phase"],
+        iteration=args["iteration"],
+        micro_batch=args.get("micro_batch", -1),
+        nbytes=args.get("bytes", 0),
+        peer=args.get("peer", ""),
+    )
 
 
 def _microseconds(seconds: float) -> float:

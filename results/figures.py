@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,14 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from harness import runner
-from harness.picture import METADATA, gantt
+from harness import runner, store
+from harness.experiment import Request
+from harness.picture import METADATA, gantt, overlay
 from harness.records import Record
 from harness.registry import load_testbed
 from harness.simulator import simulate
 from harness.store import write_whole
-from harness.trace import Trace
+from harness.trace import Event, Trace
+from harness.trace_export import read_chrome_trace
 from results import again
+from results.agreement import Pair
 from results.settings import Setting, colour
 from testbeds import library
 
@@ -33,6 +37,8 @@ BARS = 0.8
 ON_PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
 #: Iterations that one point of the smoothed loss curve averages.
 SMOOTHED = 25
+#: The method whose timelines are laid on each other, where it was run: stages that wait for each other both ways.
+OVERLAID = "pipedream-1f1b"
 
 
 @dataclass(frozen=True)
@@ -119,18 +125,17 @@ def _timelines(setting: Setting, folder: Path) -> Iterator[Figure]:
         if record.mode == "simulated" and record.status == "ok" and record.comm_bytes:
             able.setdefault(record.model, []).append(record)
     for record in max(able.values(), key=len, default=[]):
-        asked = again.request(record)
-        if asked is None:
+        replayed = _replayed(record)
+        if replayed is None:
             continue
-        costs, plan = runner.make_plan(asked)
-        cluster = asked.testbed.cluster
-        trace = simulate(plan, costs, cluster)
+        asked, trace = replayed
         path = folder / f"{setting.name}-{record.method}-{record.model}-timeline"
         title = f"{setting.label(record)}, {record.model}, {record.testbed}: one iteration"
-        budget = {device.name: device.memory_bytes for device in cluster.devices}
+        budget = {device.name: device.memory_bytes for device in asked.testbed.cluster.devices}
         for suffix in (".svg", ".png"):
             gantt(trace, path.with_name(path.name + suffix), title=title, memory_budget_bytes=budget)
-        _write_csv(path, _events(trace))
+        first = [event for event in trace.events if (event.phase, event.iteration) == (0, 0)]
+        _write_csv(path, _events(first))
         yield Figure(
             path,
             f"One iteration of {setting.label(record)} on {record.testbed}, {record.model}: what every queue of every "
@@ -138,11 +143,70 @@ def _timelines(setting: Setting, folder: Path) -> Iterator[Figure]:
         )
 
 
-def _events(trace: Trace) -> pd.DataFrame:
-    """The events of the first iteration, one per row."""
-    columns = ("device", "queue", "kind", "label", "micro_batch", "start_s", "end_s", "nbytes", "peer")
-    first = [event for event in trace.events if (event.phase, event.iteration) == (0, 0)]
-    return pd.DataFrame([[getattr(event, name) for name in columns] for event in first], columns=list(columns))
+def laid_on_each_other(pairs: Sequence[Pair], out: Path) -> Figure | None:
+    """One plan's timelines, real and simulated: of `OVERLAID` where there is one, on the slowest links.
+
+    None where no pair has both: the trace that its emulated run left, and a simulation that can be done again.
+    """
+    preferred = sorted((p for p in pairs if p.ok), key=lambda p: (p.emulated.method != OVERLAID, _slowest_link(p)))
+    for pair in preferred:
+        real = store.trace_path(out, pair.emulated.provenance.config_hash)
+        replayed = _replayed(pair.simulated) if real.exists() else None
+        if replayed is not None:
+            return _overlay(pair, read_chrome_trace(real)[1], replayed[1], out / "figures")
+    return None
+
+
+def _slowest_link(pair: Pair) -> float:
+    """Bytes per second; infinite where the testbed is not known here any more, and nothing can be drawn."""
+    asked = again.request(pair.simulated)
+    return min(asked.testbed.cluster.bandwidth.values()) if asked else math.inf
+
+
+def _overlay(pair: Pair, events: Sequence[Event], trace: Trace, folder: Path) -> Figure:
+    record = pair.emulated
+    what = f"{pair.label}, {record.model}, batch {record.batch_size}, {record.testbed}"
+    path = folder / f"{pair.setting.name}-{record.method}-{record.model}-overlay"
+    for suffix in (".svg", ".png"):
+        overlay(events, trace, path.with_name(path.name + suffix), title=what)
+    both = {"emulated": events, "simulated": trace.events}
+    _write_csv(path, pd.concat([_events(each).assign(mode=mode) for mode, each in both.items()]))
+    return Figure(
+        path,
+        f"One iteration of {what}: in each row what the queue really did, the last of {record.repeats} repeats, and "
+        "below it, paler, what the simulator foretold. Both begin with the iteration.",
+    )
+
+
+def _replayed(record: Record) -> tuple[Request, Trace] | None:
+    """The simulated run once more, with its events. None where it would be another one.
+
+    A method or testbed may have changed since, and times that were measured on this machine may be measured anew.
+    """
+    asked = again.request(record)
+    if asked is None:
+        return None
+    costs, plan = runner.make_plan(asked)
+    trace = simulate(plan, costs, asked.testbed.cluster)
+    return (asked, trace) if trace.total_s == record.total_time_s else None
+
+
+def _events(events: Sequence[Event]) -> pd.DataFrame:
+    """One event per row."""
+    columns = (
+        "device",
+        "queue",
+        "kind",
+        "label",
+        "phase",
+        "iteration",
+        "micro_batch",
+        "start_s",
+        "end_s",
+        "nbytes",
+        "peer",
+    )
+    return pd.DataFrame([[getattr(event, name) for name in columns] for event in events], columns=list(columns))
 
 
 def _loss(setting: Setting, record: Record, path: Path) -> Figure:

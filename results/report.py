@@ -13,7 +13,7 @@ import pandas as pd
 from harness import store
 from harness.compare import title as run_title
 from harness.records import Record
-from results import document, figures, tables
+from results import agreement, document, figures, tables
 from results.comparison import compare
 from results.document import Block, Bullets, Folded, Heading, Text
 from results.settings import Setting, settings
@@ -50,6 +50,7 @@ def _blocks(records: Sequence[Record], folder: Path) -> Iterator[Block]:
     yield Bullets(tuple(f"{setting.title}: {_summary(setting.records)}" for setting in found))
     for setting in found:
         yield from _setting(setting, folder)
+    yield from _agreement(found, folder)
     yield from _origin([record for setting in found for record in setting.records])
 
 
@@ -79,6 +80,26 @@ def _setting(setting: Setting, folder: Path) -> Iterator[Block]:
             for cell in cells:
                 if (cell.cell.metric, cell.cell.technique) == ("activations_gib", "Full"):
                     yield tables.kept(setting, cell)
+
+
+def _agreement(found: Sequence[Setting], folder: Path) -> Iterator[Block]:
+    """Nothing where no run on several devices was done in both modes."""
+    pairs = agreement.pairs(found)
+    if not any(pair.ok for pair in pairs):
+        return
+    yield Heading(2, "Simulated beside emulated")
+    yield Text(
+        "The same plans in virtual time and for real: processes of this machine that train, and exchange tensors over "
+        "TCP. Emulated times are medians of repeats of real runs, on a machine that is never quite still; simulated "
+        "ones come from times of single layers, measured beforehand, and from the links' rates."
+    )
+    yield agreement.cells(pairs)
+    yield agreement.summary(pairs)
+    overlaid = figures.laid_on_each_other(pairs, folder)
+    if overlaid is not None:
+        yield overlaid
+    for table in agreement.measured(pairs):
+        yield Folded(table)
 
 
 def _origin(records: Sequence[Record]) -> Iterator[Block]:

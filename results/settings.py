@@ -21,7 +21,8 @@ else:
 #: What the records of one setting have in common.
 COMMON = (
     *("testbed", "technique", "dataset", "num_samples", "seq_len", "decoder_seq_len", "image_size", "batch_size"),
-    *("epochs", "steps", "optimizer", "learning_rate", "dropout", "dtype", "attn_implementation", "checkpoint"),
+    *("epochs", "steps", "optimizer", "learning_rate", "clip_norm", "dropout", "dtype", "attn_implementation"),
+    "checkpoint",
 )
 #: For methods that `colours.toml` does not name.
 OTHER_COLOURS = ("#000000", "#3b5b2b", "#7a3e9d", "#b2182b", "#1b7837", "#4d4d4d", "#a6611a", "#2166ac")
@@ -54,10 +55,11 @@ class Setting:
         shape = f"{r.seq_len} tokens" if r.seq_len else f"{r.image_size} x {r.image_size} pixels"
         dropout = "the models' own dropout" if r.dropout is None else f"dropout {r.dropout:g}"
         weights = f"weights from {r.checkpoint}" if r.checkpoint else "weights from a seed"
+        clipping = "" if r.clip_norm is None else f", gradients clipped to a norm of {r.clip_norm:g}"
         attention = f", {r.attn_implementation} attention" if r.seq_len else ""
         return (
             f"{rounds} of {r.num_samples} samples, batch {r.batch_size}, {shape}, {r.optimizer} with learning rate "
-            f"{r.learning_rate:g}, {r.dtype}{attention}, {dropout}, {weights}."
+            f"{r.learning_rate:g}{clipping}, {r.dtype}{attention}, {dropout}, {weights}."
         )
 
     def label(self, record: Record) -> str:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import importlib
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from harness.cluster import Cluster
 from harness.costs import Affine, Costs, ParameterCost, TensorCost, UnitCost, Work
+from harness.errors import OrreryError
 from harness.picture import gantt
 from harness.plan import Plan
 from harness.plan.serial import from_json, to_json
 from harness.plan.text import describe
 from harness.plan.validate import validate
 from harness.simulator import simulate
-from harness.trace_export import chrome_trace
+from harness.trace import Event
+from harness.trace_export import chrome_trace, read_chrome_trace, write_chrome_trace
 from harness.workload import Workload
 from testbeds import library
 
@@ -93,6 +96,30 @@ def test_a_trace_in_chrome_is_the_trace(planned: tuple[Plan, Costs, Cluster]) ->
     for pid, device in enumerate(trace.devices, start=1):
         counters = [entry["args"]["bytes"] for entry in entries if entry["ph"] == "C" and entry["pid"] == pid]
         assert max(counters) == trace.peak_bytes[device]
+
+
+def rounded(event: Event) -> Event:
+    return replace(event, start_s=round(event.start_s * 1e9) / 1e9, end_s=round(event.end_s * 1e9) / 1e9)
+
+
+def test_a_trace_read_back_is_what_was_written(planned: tuple[Plan, Costs, Cluster], tmp_path: Path) -> None:
+    trace = simulate(*planned)
+    write_chrome_trace(trace, tmp_path / "trace.json")
+    devices, events = read_chrome_trace(tmp_path / "trace.json")
+    assert devices == trace.devices
+    assert events == tuple(map(rounded, trace.events)), "times are whole nanoseconds, and all else is equal"
+    write_chrome_trace(replace(trace, events=events), tmp_path / "again.json")
+    assert read_chrome_trace(tmp_path / "again.json") == (devices, events)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"traceEvents": [{"ph": "X", "name": "F0", "pid": 1}]}', "\xff"])
+def test_what_is_no_trace_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "trace.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(OrreryError, match=rf"{path} is no trace of Orrery .*--force"):
+        read_chrome_trace(path)
+    with pytest.raises(OrreryError, match=r"nowhere\.json can't be read: No such file"):
+        read_chrome_trace(tmp_path / "nowhere.json")
 
 
 def test_slices_of_a_queue_do_not_overlap(planned: tuple[Plan, Costs, Cluster]) -> None:

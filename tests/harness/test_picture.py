@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from harness.errors import OrreryError
-from harness.picture import COLOURS, MAX_DEVICES, gantt, meaning
+from harness.picture import COLOURS, MAX_DEVICES, gantt, meaning, overlay
 from harness.trace import Event, PhaseTrace, Trace
 
 
@@ -48,9 +48,9 @@ def pipeline(num_devices: int = 2, num_micro_batches: int = 2, iterations: int =
     )
 
 
-def boxes(svg: str) -> list[tuple[str, float, float, float]]:
+def boxes(svg: str, layer: int = 1) -> list[tuple[str, float, float, float]]:
     """(colour, left, right, top) of the boxes of an SVG picture, in its units."""
-    (group,) = re.findall(r'<g id="PolyCollection_1">(.*?)</g>', svg, flags=re.DOTALL)
+    (group,) = re.findall(rf'<g id="PolyCollection_{layer}">(.*?)</g>', svg, flags=re.DOTALL)
     found = []
     for path, style in re.findall(r'<path d="(.*?)".*?style="(.*?)"', group, flags=re.DOTALL):
         points = np.array(re.findall(r"[ML] (\S+) (\S+)", path), dtype=float)
@@ -117,6 +117,64 @@ def test_devices_beyond_those_that_can_be_read_are_left_out(tmp_path: Path) -> N
     drawn = boxes((tmp_path / "picture.svg").read_text())
     shown = [e for e in trace.events if e.device in trace.devices[:MAX_DEVICES] and e.end_s > e.start_s]
     assert len(drawn) == len(shown)
+
+
+def later(trace: Trace, by_s: float, stretch: float) -> tuple[Event, ...]:
+    """The events as a slower machine would have done them, which began later."""
+    return tuple(replace(e, start_s=by_s + stretch * e.start_s, end_s=by_s + stretch * e.end_s) for e in trace.events)
+
+
+@pytest.mark.parametrize(("iterations", "shown"), [(2, 1), (1, 0)])
+def test_an_overlay_has_each_event_twice_above_each_other(tmp_path: Path, iterations: int, shown: int) -> None:
+    """Real events half as fast: both from the start of the second iteration, twice as far and twice as long above."""
+    trace = pipeline(iterations=iterations)
+    overlay(later(trace, 100.0, 2.0), trace, tmp_path / "picture.svg", "a plan")
+    svg = (tmp_path / "picture.svg").read_text()
+    real, simulated = boxes(svg, 1), boxes(svg, 2)
+    events = [e for e in trace.events if e.iteration == shown and e.end_s > e.start_s]
+    assert len(real) == len(simulated) == len(events)
+    origin = min(left for _, left, *_ in real)
+    assert origin == min(left for _, left, *_ in simulated)
+    for event, above, below in zip(events, real, simulated, strict=True):
+        assert above[0] == COLOURS[meaning(event)].upper() != below[0]
+        np.testing.assert_allclose(np.array(above[1:3]) - origin, 2 * (np.array(below[1:3]) - origin), atol=1e-3)
+        assert above[3] < below[3], "upwards is less in SVG"
+    for half, drawn in ((0, real), (1, simulated)):
+        tops = {(e.device, e.queue): box[3] for e, box in zip(events, drawn, strict=True)}
+        assert len(set(tops.values())) == len(tops) == 6, half
+    assert f"<!-- time in s since the {'second' if shown else 'first'} iteration began -->" in svg
+    assert "<!-- above: really happened -->" in svg and "<!-- below, paler: simulated -->" in svg
+
+
+def test_an_overlay_shows_an_iteration_that_both_have(tmp_path: Path) -> None:
+    long, short = pipeline(iterations=2), pipeline(iterations=1)
+    for real, simulated in ((long, short), (short, long)):
+        overlay(real.events, simulated, tmp_path / "picture.svg")
+        svg = (tmp_path / "picture.svg").read_text()
+        above, below = ([box[1:3] for box in boxes(svg, layer)] for layer in (1, 2))
+        assert above == below and len(above) == sum(e.end_s > e.start_s for e in short.events)
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".pdf", ".png"])
+def test_the_same_two_timelines_give_the_same_bytes(tmp_path: Path, suffix: str) -> None:
+    trace = pipeline(4, 4)
+    for name in ("one", "two"):
+        overlay(later(trace, 1.0, 1.1), trace, tmp_path / f"{name}{suffix}", "1F1B")
+    assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"two{suffix}").read_bytes()
+
+
+def test_timelines_of_different_plans_are_not_laid_on_each_other(tmp_path: Path) -> None:
+    trace = pipeline()
+    strange = tuple(replace(event, device="gpu7") for event in trace.events)
+    with pytest.raises(OrreryError, match=r"gpu7 ran for real, and simulated are device0, device1"):
+        overlay(strange, trace, tmp_path / "picture.svg")
+    other = tuple(replace(event, phase=1) for event in trace.events)
+    for real in ((), other):
+        with pytest.raises(OrreryError, match="no iteration in common"):
+            overlay(real, trace, tmp_path / "picture.svg")
+    with pytest.raises(OrreryError, match=r"\.svg, \.pdf, \.png"):
+        overlay(trace.events, trace, tmp_path / "picture.gif")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_drawn_is_told(tmp_path: Path) -> None:

@@ -24,6 +24,16 @@ def test_save_and_load(tmp_path: Path, record: MakeRecord) -> None:
     assert [p.name for p in path.parent.iterdir()] == [path.name], "nothing else is left behind"
 
 
+def test_a_trace_lies_beside_its_record_and_is_no_record(tmp_path: Path, record: MakeRecord) -> None:
+    path = store.trace_path(tmp_path, "0123456789abcdef")
+    assert path == tmp_path / "traces" / "0123456789abcdef.json"
+    store.write_whole(path, lambda part: part.write_text("{}"))
+    saved = record()
+    store.save(tmp_path, saved)
+    store.prepare(tmp_path)
+    assert store.load_all(tmp_path) == [saved]
+
+
 def test_same_record_same_bytes(tmp_path: Path, record: MakeRecord) -> None:
     first = store.save(tmp_path / "a", record(total_time_s=1 / 3)).read_bytes()
     assert store.save(tmp_path / "b", record(total_time_s=1 / 3)).read_bytes() == first

@@ -14,15 +14,21 @@ METHODS = ["standalone", "eddl", "gpipe", "pipedream-1f1b"]
 #: 40 samples in batches of 16: two full batches and a smaller last one per epoch.
 TEXT = {"model": ["bert-tiny", "t5-tiny"], "dataset": "mrpc", "num_samples": 40, "batch_size": 16, "epochs": 2}
 IMAGES = {"model": "resnet-tiny", "dataset": "digits", "num_samples": 64, "epochs": 1, "learning_rate": 0.05}
+#: What is really trained by two processes that exchange tensors.
+SHARED = {"model": "bert-tiny", "dataset": "synthetic", "num_samples": 16, "batch_size": 8, "seq_len": 16, "steps": 3}
+BOTH = ["emulated", "simulated"]
 #: The memory of a board on which t5-tiny can be trained, though not by every method, and bert-tiny not at all.
 SMALL_BOARD_BYTES = 5_000_000
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Caches of a test run live and die with it."""
+    """Caches and temporary files of a test run live and die with it; other emulations here are none of its business."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        folder = str(tmp_path_factory.mktemp("temporary"))
+        patch.setenv("TMPDIR", folder)
+        patch.setattr("tempfile.tempdir", folder)
         yield
 
 
@@ -45,12 +51,13 @@ def small_testbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def swept(tmp_path_factory: pytest.TempPathFactory, small_testbed: Path) -> Path:
-    """A results folder with real runs of tiny models: simulated, out of memory, and trained on this machine."""
+    """A results folder with runs of tiny models: simulated, out of memory, and for real on this machine."""
     out = tmp_path_factory.mktemp("swept")
     for workload, run in (
         (TEXT, {"method": METHODS, "testbed": "pac-nano-4"}),
         (TEXT, {"method": METHODS, "testbed": str(small_testbed)}),
-        (IMAGES, {"method": "standalone", "testbed": "local-1", "mode": ["emulated", "simulated"]}),
+        (IMAGES, {"method": "standalone", "testbed": "local-1", "mode": BOTH}),
+        (SHARED, {"method": ["eddl", "pipedream-1f1b"], "testbed": "local-2", "mode": BOTH, "verify": True}),
     ):
         requests = expand({"workload": workload, "run": run}, "the test")
         for outcome in sweep(requests, out):

@@ -63,7 +63,7 @@ def test_hours_are_compared_with_the_same_run_of_the_paper(records: list[Record]
 
 def test_nothing_is_compared_off_the_papers_testbeds(records: list[Record]) -> None:
     other = [s for s in settings(records) if s.first.testbed != "pac-nano-4"]
-    assert len(other) == 2
+    assert len(other) == 3
     assert all(compare(setting) == {} for setting in other)
 
 

@@ -140,6 +140,12 @@ def test_settings_have_names_of_their_own(records: list[Record]) -> None:
     assert len({setting.name for setting in found}) == 3
 
 
+def test_clipping_makes_another_setting_and_is_told(records: list[Record]) -> None:
+    clipped = records[0].model_copy(update={"clip_norm": 0.5})
+    works = {setting.first.clip_norm: setting.work for setting in settings([records[0], clipped])}
+    assert "gradients clipped to a norm of 0.5" in works[0.5] and "clipped" not in works[None]
+
+
 def test_an_svg_becomes_part_of_a_page() -> None:
     svg = (
         '<?xml version="1.0"?><!DOCTYPE svg><svg><metadata><a href="http://x"/></metadata>\n  '

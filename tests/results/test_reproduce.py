@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from harness import registry, runner
 from harness.errors import OrreryError
 from harness.experiment import Request
+from harness.plan import Plan
 from harness.store import load_all
+from harness.workload import Workload
 from results import reproduce
 
 FOLDER = Path(reproduce.__file__).parent / "experiments"
@@ -26,6 +33,9 @@ def test_every_experiment_can_be_asked(name: str) -> None:
     assert requests and all(request.mode in request.testbed.modes for request in requests)
 
 
+SHAPED = {"emulated"}
+
+
 def hashes(requests: list[Request]) -> list[str]:
     return [request.config_hash for request in requests]
 
@@ -40,6 +50,77 @@ def test_names() -> None:
     assert {*hashes(pac)} < {*everything}
     with pytest.raises(OrreryError, match=r"no reproduction called 'pacc'.*Did you mean pac"):
         reproduce.requests(["pac", "pacc"])
+
+
+def test_all_is_everything_that_shapes_nothing() -> None:
+    """What needs rights, and minutes, is run where it is named."""
+    everything = {*hashes(reproduce.requests([]))}
+    for name, _ in reproduce.experiments():
+        its = {*hashes(reproduce.requests([name]))}
+        assert its and (its.isdisjoint(everything) if name in SHAPED else its <= everything), name
+    assert reproduce.left_out([]) == reproduce.left_out(["pac", "all"])
+    assert reproduce.left_out(["all"]) == {"emulated": ["emu-4-50mbit", "emu-4-200mbit"]}
+    assert reproduce.left_out(["emulated"]) == reproduce.left_out(["all", "emulated"]) == {}
+    assert {*hashes(reproduce.requests(["all", "emulated"]))} == everything | {
+        *hashes(reproduce.requests(["emulated"]))
+    }
+
+
+def test_what_all_leaves_out_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    shutil.copy(FOLDER / "emulated.toml", folder)
+    tiny = '[workload]\nmodel = "bert-tiny"\nsteps = 1\n[run]\nmethod = "eddl"\ntestbed = "pac-nano-4"\n'
+    (folder / "tiny.toml").write_text(tiny)
+    monkeypatch.setattr(reproduce, "_folder", lambda: folder)
+    records = reproduce.run([], tmp_path / "out")
+    assert [record.testbed for record in records] == ["pac-nano-4"]
+    told = capsys.readouterr().err.splitlines()[0]
+    assert told.startswith("emulated is not among all: it runs for minutes on emu-4-50mbit, emu-4-200mbit, for which")
+    assert told.endswith("`orrery reproduce emulated` runs it.")
+    reproduce.run(["tiny"], tmp_path / "out")
+    assert "not among all" not in capsys.readouterr().err
+
+
+def test_real_runs_of_a_testbed_follow_each_other_and_methods_take_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening a testbed takes seconds, so that each is opened once; repeats alternate, so that no method has the
+    machine's good hour for itself. Virtual time stands for real time here."""
+    asked = [
+        replace(request, mode="simulated", repeats=2, workload=replace(request.workload, seq_len=8))
+        for request in reproduce.requests(["emulated"])
+        if request.mode == "emulated"
+    ]
+    assert len(asked) == 2 * 2 * 3
+    simulated = registry.load_mode("simulated")
+    seen: list[tuple[object, ...]] = []
+
+    class Watched:
+        @staticmethod
+        @contextmanager
+        def opened(testbed: registry.Testbed) -> Iterator[Callable[..., object]]:
+            seen.append((testbed.name,))
+            with simulated.opened(testbed) as execute:
+
+                def watched(plan: Plan, workload: Workload, *args: object, **how: object) -> object:
+                    seen.append((testbed.name, workload.batch_size, plan.method))
+                    return execute(plan, workload, *args, **how)
+
+                yield watched
+
+    monkeypatch.setattr(registry, "load_mode", lambda mode: Watched)
+    methods = ("eddl", "gpipe", "pipedream-1f1b")
+    outcomes = list(runner.sweep(asked, tmp_path))
+    wanted: list[tuple[object, ...]] = []
+    for testbed in ("emu-4-50mbit", "emu-4-200mbit"):
+        wanted += [(testbed,), *((testbed, size, m) for size in (32, 64) for _ in range(2) for m in methods)]
+    assert seen == wanted
+    assert [o.record.repeats for o in outcomes] == [2] * len(asked)
+    assert len(load_all(tmp_path)) == len(asked)
+    assert not (tmp_path / "traces").exists(), "nothing really happened"
 
 
 def test_the_four_nanos_are_asked_for_every_baseline_and_model() -> None:
