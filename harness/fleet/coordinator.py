@@ -219,8 +219,8 @@ class _Run:
         if alive["progress"] != self.progress[device]:
             self.progress[device] = alive["progress"]
             self.moved[device] = time.monotonic()
-        if alive["beat_age_s"] > SILENCE_S and not self.closing:
-            cause = f"its worker hangs: no sign of life for {alive['beat_age_s']:.1f} s"
+        if alive["silent_s"] > SILENCE_S and not self.closing:
+            cause = f"its worker hangs: no sign of life for {alive['silent_s']:.1f} s"
             self.bad.append(_Bad(device, cause))
 
     def _check_silence(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import resource
 import sys
-import threading
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from harness.engine.program import peers
 from harness.errors import OrreryError, Unsupported
 from harness.fleet import probe
 from harness.fleet.channel import Channel, Closed, Message
-from harness.fleet.supervisor import HEARTBEAT_S, Pulse
+from harness.fleet.supervisor import Pulse
 from harness.models import shards
 from harness.plan import Plan
 from harness.plan.serial import from_json
@@ -65,7 +64,6 @@ class Job:
 def work(channel: Channel, message: Message, pulse: Pulse) -> None:
     """Do the job, or the probe, that the message holds. What goes wrong is told to the coordinator:
     `{"failed": {kind, message, secondary, unsupported, refused, traceback}}`."""
-    _beat_from_now_on(pulse)
     try:
         if "probe" in message:
             probe.work(channel, message["probe"])
@@ -84,15 +82,6 @@ def work(channel: Channel, message: Message, pulse: Pulse) -> None:
         }
         channel.send({"failed": failed})
         raise SystemExit(1) from error
-
-
-def _beat_from_now_on(pulse: Pulse) -> None:
-    def beat() -> None:
-        pause = threading.Event()
-        while not pause.wait(HEARTBEAT_S):
-            pulse.beat()
-
-    threading.Thread(target=beat, name="heartbeat", daemon=True).start()
 
 
 def _work(channel: Channel, job: Job, pulse: Pulse) -> None:

@@ -13,13 +13,14 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 from harness.fleet.channel import Channel, Closed, Message, ready
-from harness.fleet.processes import die_with_parent
+from harness.fleet.processes import cpu_ticks, die_with_parent
 
 HEARTBEAT_S = 0.15
 Work = Callable[[Channel, Message, "Pulse"], None]
@@ -38,6 +39,16 @@ class Pulse:
     def beat(self) -> None:
         self._LAYOUT.pack_into(self._memory, 0, time.monotonic(), self._progress)
 
+    def keep_beating(self) -> None:
+        """Beat from now on, in a thread: it stops with the process, or where some C code keeps all threads waiting."""
+
+        def beat() -> None:
+            pause = threading.Event()
+            while not pause.wait(HEARTBEAT_S):
+                self.beat()
+
+        threading.Thread(target=beat, name="heartbeat", daemon=True).start()
+
     def progress(self, number: int) -> None:
         self._progress = number
         self.beat()
@@ -53,6 +64,16 @@ class _Worker:
     pid: int
     channel: Channel
     pulse: Pulse
+    ticks: int = 0
+    ticked_s: float = field(default_factory=time.monotonic)
+
+    def condition(self) -> dict[str, float]:
+        """How long it has been silent, and how far it is. Who computes is alive, even if C code lets no thread beat."""
+        age, number = self.pulse.read()
+        ticks = cpu_ticks(self.pid)
+        if ticks != self.ticks:
+            self.ticks, self.ticked_s = ticks, time.monotonic()
+        return {"silent_s": min(age, time.monotonic() - self.ticked_s), "progress": number}
 
 
 def supervise(channel: Channel, work: Work) -> None:
@@ -76,8 +97,7 @@ def supervise(channel: Channel, work: Work) -> None:
                 worker = _from_coordinator(channel.receive(), worker, channel, work)
             if worker is not None and time.monotonic() >= next_beat:
                 next_beat = time.monotonic() + HEARTBEAT_S
-                age, number = worker.pulse.read()
-                channel.send({"alive": {"beat_age_s": age, "progress": number}})
+                channel.send({"alive": worker.condition()})
     except Closed:
         pass
     finally:
@@ -129,6 +149,7 @@ def _work(channel: Channel, job: Message, pulse: Pulse, work: Work) -> NoReturn:
     code = 1
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the coordinator, which stops us
+        pulse.keep_beating()
         work(channel, job, pulse)
         code = 0
     except Closed:

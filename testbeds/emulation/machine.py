@@ -70,8 +70,9 @@ class Machine:
 
     @property
     def broken(self) -> bool:
-        """Whether some of it is gone, so that another one is needed."""
-        return self.fleet.broken or self._nursery.poll() is not None
+        """Whether some of it is gone, so that another one is needed. Asked between runs."""
+        ended = ready(self.fleet.supervisors.values(), 0.0)  # they have nothing to say now
+        return self.fleet.broken or bool(ended) or self._nursery.poll() is not None
 
     def order(self, do: str, device: str, **arguments: object) -> Message:
         """Have the nursery do one of its orders for a device."""

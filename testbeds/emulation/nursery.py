@@ -23,6 +23,8 @@ from testbeds.emulation import cgroups, leftovers, namespaces, shaping
 
 #: What workers need, in the order in which it is imported.
 PRELOADED = ("torch", "transformers", "harness.fleet.job")
+#: What shaping calls.
+PROGRAMS = ("ip", "tc", "nsenter")
 
 
 class _Ended(Exception):
@@ -54,6 +56,8 @@ def _serve(control: Channel, device_descriptors: Sequence[int], setup: Message, 
     """Until the runner has enough (_Ended) or is gone (Closed). `made` undoes what was made."""
     devices, isolated = setup["devices"], setup["isolated"]
     if isolated:
+        for name in PROGRAMS:  # before anything else takes its time
+            namespaces.program(name)
         namespaces.enter_switch()
     groups: cgroups.Groups | None = None
     if setup["limited"]:
@@ -160,3 +164,5 @@ def _end(pids: Sequence[int]) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), [int(descriptor) for descriptor in sys.argv[2:]])
+    sys.stderr.flush()
+    os._exit(0)  # to take all the libraries down would take longer than to end
