@@ -66,6 +66,7 @@ def memory(trace: Trace) -> dict[str, Any]:
             device: {
                 "peak_bytes": trace.peak_bytes[device],
                 **{f"{kind}_bytes": trace.memory_bytes[device].get(kind, 0) for kind in KINDS},
+                "process_peak_bytes": trace.process_peak_bytes.get(device),
             }
             for device in trace.devices
         },

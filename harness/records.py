@@ -44,6 +44,9 @@ class DeviceMemory(Part):
     activations_bytes: int = 0
     buffers_bytes: int = 0
     cache_bytes: int = 0
+    process_peak_bytes: int | None = Field(
+        default=None, description="most memory that the device's process had, its code and libraries included"
+    )
 
 
 class DeviceEnergy(Part):

@@ -249,15 +249,12 @@ def profile_of(workload: Workload, testbed: Testbed) -> Costs:
     costs = profile.count(workload, "gpu" if accelerators == {"gpu"} else "cpu")  # a CPU's masks are the larger ones
     if all(device.measured is None for device in testbed.cluster.devices):
         return costs
-    from harness.profile.measure import measured
-    from harness.threads import one_thread
+    from harness.profile.measure import on_this_machine
 
     size = workload.batch_size
-    samples = datasets.load(dataclasses.replace(workload, dataset="synthetic", num_samples=size))
     smallest = 1 if workload.image_size is None else 2
     rows = sorted({size, *(2**power for power in range(size.bit_length()) if smallest <= 2**power < size)})
-    with one_thread():
-        return measured(workload, costs, lambda count: samples.batch(range(count)), rows)
+    return on_this_machine(workload, costs, rows)
 
 
 def _must_fit_the_question(plan: Plan, costs: Costs, request: Request) -> None:

@@ -21,6 +21,7 @@ from harness.fleet.job import SAMPLES, WEIGHTS, Job, trained
 from harness.models import shards
 from harness.plan import Plan
 from harness.plan.serial import to_json
+from harness.profile.measure import on_this_machine
 from harness.registry import Finding
 from harness.samples import Dataset
 from harness.simulator import estimate
@@ -104,7 +105,7 @@ class Emulation:
 
         Raises OutOfMemory for a device over its limit, Broken (a failed row) for one that is lost.
         """
-        asked = self._decide(costs)
+        asked = self._decide(workload, costs)
         machine = self._machine()
         dataset = self._prepare(workload, data_dir)
         machine.ready()
@@ -161,11 +162,13 @@ class Emulation:
             self.machine = Machine(self.testbed.cluster.names, self.shaped, limited, [self.folder, self.lock])
         return self.machine
 
-    def _decide(self, costs: Costs) -> Setting | None:
+    def _decide(self, workload: Workload, costs: Costs) -> Setting | None:
         """What is asked of this machine; None on loopback. Raises OrreryError where it is too much."""
         cluster = self.testbed.cluster
         if not self.shaped:
             return None
+        if any(device.measured is None for device in cluster.devices):
+            costs = on_this_machine(workload, costs, [PROFILED_ROWS])
         return decide(cluster, self.testbed.own_memory, speeds(cluster, costs, PROFILED_ROWS))
 
     def _set(self, machine: Machine, setting: Setting | None) -> Setting | None:

@@ -23,12 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from harness import datasets
 from harness.costs import BACKWARD, DIRECTIONS, FORWARD, UPDATE, Costs
 from harness.engine.dropout import KeyedDropout
 from harness.models import build
 from harness.models.layered import Layered, Unit
 from harness.optimizers import optimizer_for
 from harness.profile import store
+from harness.threads import one_thread
 from harness.workload import Workload
 
 #: The name of this machine's table in `Costs.measured`; a device with `measured = "local"` is timed by it.
@@ -39,6 +41,16 @@ LONG_FLOPS = 5e10
 
 Batches = Callable[[int], Mapping[str, Tensor]]
 Span = tuple[float, float]
+
+
+def on_this_machine(workload: Workload, costs: Costs, rows: Sequence[int]) -> Costs:
+    """`measured` with one thread, as a device computes here, on synthetic data in the workload's shape.
+
+    Times depend on shapes, not on words.
+    """
+    samples = datasets.load(replace(workload, dataset="synthetic", num_samples=max(workload.batch_size, *rows)))
+    with one_thread():
+        return measured(workload, costs, lambda count: samples.batch(range(count)), rows)
 
 
 def measured(workload: Workload, costs: Costs, batch_of: Batches, rows: Sequence[int], repeats: int = 7) -> Costs:
