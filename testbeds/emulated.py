@@ -180,15 +180,12 @@ class Emulation:
             return None
         if setting == self.setting:
             return setting
-        for device, rate in setting.mbit_per_s.items():
-            machine.order("shape", device, mbit_per_s=rate, latency_s=0.0)
         for device, limit in setting.memory_bytes.items():
             if limit is not None:
                 machine.order("memory", device, limit_bytes=limit + PROCESS_BYTES)
         self.achieved = calibration.calibrate(machine, setting)
         if machine.has_netem:
-            for device, rate in setting.mbit_per_s.items():
-                machine.order("shape", device, mbit_per_s=rate, latency_s=self._added_latency_s(setting))
+            calibration.shape(machine, self.achieved.nominal_mbit_per_s, self._added_latency_s(setting))
         self.setting = setting
         return setting
 
@@ -240,7 +237,7 @@ class Emulation:
                     "cpu_share": share,
                     "measured_cpu_share": self.achieved.shares[device],
                     "quota_us_period_us": self.achieved.quotas[device],
-                    "nominal_mbit_per_s": self.setting.mbit_per_s[device],
+                    "nominal_mbit_per_s": self.achieved.nominal_mbit_per_s[device],
                     "measured_mbit_per_s": self.achieved.mbit_per_s.get(device),
                 }
                 for device, share in self.setting.shares.items()

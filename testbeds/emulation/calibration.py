@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,7 +17,9 @@ from testbeds.emulation.setting import SEND_BUFFER_BYTES, TCP_SHARE, Setting
 TOLERANCE = 0.10
 #: A quota is corrected until every device is so close, at most so many times.
 CLOSE_ENOUGH, MOST_CORRECTIONS = 0.03, 6
-COMPUTE_PROBE_S, LINK_PROBE_S = 0.5, 0.3
+#: Links are set this much faster at most than the headers of one-way traffic would have it.
+MOST_LINK_CORRECTION = 1.12
+COMPUTE_PROBE_S, LINK_PROBE_S = 0.5, 0.5
 STALL_S = 60.0
 
 Quota = tuple[int, int] | None
@@ -24,13 +27,15 @@ Quota = tuple[int, int] | None
 
 @dataclass(frozen=True)
 class Achieved:
-    """What was measured. Per device: share of a core; the quota and period in microseconds that give it; Mbit/s that
-    TCP got on the link to the next device. `hop_s`: one way of a small message, no latency added.
+    """What was measured. Per device: share of a core; the quota and period in microseconds that give it; the nominal
+    Mbit/s that its link is set to; Mbit/s that TCP got from the device before it, while all sent as much at once.
+    `hop_s`: one way of a small message, no latency added.
     """
 
     core_flops_per_s: float
     shares: Mapping[str, float]
     quotas: Mapping[str, Quota]
+    nominal_mbit_per_s: Mapping[str, float]
     mbit_per_s: Mapping[str, float]
     hop_s: float
 
@@ -47,9 +52,23 @@ def calibrate(machine: Machine, setting: Setting) -> Achieved:
         asked = {d: share / min(max(1 + errors[d], 0.5), 2.0) for d, share in asked.items()}
     shares = _limited(machine, asked, core)
     _check("computes with", "of a core", shares, setting.shares)
+    wanted = {device: rate * TCP_SHARE for device, rate in _slower_end(setting).items()}
+    nominal = dict(setting.mbit_per_s)
+    shape(machine, nominal, 0.0)
     bandwidth, hop_s = _links(machine, setting)
-    _check("receives", "Mbit/s", bandwidth, {d: rate * TCP_SHARE for d, rate in _slower_end(setting).items()})
-    return Achieved(core, shares, {d: quota_for(share) for d, share in asked.items()}, bandwidth, hop_s)
+    if bandwidth:  # a link that carries data both ways carries the acknowledgements of the other way, too
+        short = statistics.median(wanted[device] / rate for device, rate in bandwidth.items())
+        nominal = {device: rate * min(max(short, 1.0), MOST_LINK_CORRECTION) for device, rate in nominal.items()}
+        shape(machine, nominal, 0.0)
+        bandwidth, hop_s = _links(machine, setting)
+    _check("receives", "Mbit/s", bandwidth, wanted)
+    return Achieved(core, shares, {d: quota_for(share) for d, share in asked.items()}, nominal, bandwidth, hop_s)
+
+
+def shape(machine: Machine, nominal_mbit_per_s: Mapping[str, float], latency_s: float) -> None:
+    """Set every device's link."""
+    for device, rate in nominal_mbit_per_s.items():
+        machine.order("shape", device, mbit_per_s=rate, latency_s=latency_s)
 
 
 def _core(machine: Machine, device: str) -> float:
