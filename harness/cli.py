@@ -220,9 +220,7 @@ def run(
     mode: Mode = None,
     repeats: Annotated[int | None, typer.Option(help="medians of N; simulated runs need no repeating")] = None,
     data_dir: Annotated[str | None, typer.Option(help="folder of the data set's files; default: the hub")] = None,
-    verify: Annotated[
-        bool | None, typer.Option("--verify", help="train again on one device and compare")
-    ] = None,
+    verify: Annotated[bool | None, typer.Option("--verify", help="train again on one device and compare")] = None,
     options: Set = None,
     force: Annotated[bool, typer.Option("--force", help="repeat runs that are finished")] = False,
     out: Out = DEFAULT_OUT,

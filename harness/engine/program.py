@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from harness.plan.actions import NIC_OUT, QUEUES, Action, Combine, Load, Recv, Send, Store
+from harness.plan.actions import NIC_OUT, QUEUES, Action, Collective, Combine, Load, Recv, Send, Store
 from harness.plan.flow import link
 from harness.plan.graph import Graph, check_order
 from harness.plan.plan import Phase, Plan
@@ -19,10 +19,12 @@ class Program:
 
     `actions[node]`; a transfer that comes in is a `Recv`. `compute` and `sends` are in list order, `receives[source]`
     in the order in which the source sends. `waits[node]`: how many of the device's nodes must have ended before;
-    `then[node]`: those that wait for it. `unqueued` nodes join no queue: they run as soon as they may.
-    `freed`: values with the nodes that must have ended before they are let go. `ahead`: nodes that must have ended
-    before the next iteration begins: they make what it begins with, or bring what the peers have sent in this one.
-    `nbytes[node]` of a transfer. `lands`: transfers that fill a part of a tensor held.
+    `then[node]`: those that wait for it. `unqueued` nodes join no queue: they run as soon as they may, `at_once` those
+    that wait for nothing.
+    `freed`: values that are let go, `holds[i]` is how many nodes must have ended before `freed[i]` is, `held_by[node]`
+    are those that the node holds. `ahead`: nodes that must have ended before the next iteration begins: they make what
+    it begins with, or bring what the peers have sent in this one. `nbytes[node]` of a transfer.
+    `collectives[result]`; `lands[node]`: the result of which the transfer, or the copy, fills a part in place.
     """
 
     device: str
@@ -32,12 +34,16 @@ class Program:
     sends: tuple[int, ...]
     receives: dict[str, tuple[int, ...]]
     unqueued: frozenset[int]
+    at_once: tuple[int, ...]
     waits: dict[int, int]
     then: dict[int, tuple[int, ...]]
-    freed: tuple[tuple[Value, tuple[int, ...]], ...]
-    ahead: tuple[int, ...]
+    freed: tuple[Value, ...]
+    holds: tuple[int, ...]
+    held_by: dict[int, tuple[int, ...]]
+    ahead: frozenset[int]
     nbytes: dict[int, int]
-    lands: frozenset[int]
+    collectives: dict[Value, Collective]
+    lands: dict[int, Value]
 
     @property
     def storage(self) -> list[Action]:
@@ -83,6 +89,11 @@ def program(graph: Graph, phase: Phase, device: str) -> Program:
             if follower in own:
                 then[node].append(follower)
                 waits[follower] += 1
+    freed = [*_freed(graph, me), *_pieces(actions, then)]
+    held_by: dict[int, list[int]] = defaultdict(list)
+    for index, (_, holders) in enumerate(freed):
+        for node in holders:
+            held_by[node].append(index)
     return Program(
         device=device,
         phase=phase,
@@ -91,12 +102,16 @@ def program(graph: Graph, phase: Phase, device: str) -> Program:
         sends=sends,
         receives=receives,
         unqueued=frozenset(graph.unqueued & own),
+        at_once=tuple(node for node in sorted(graph.unqueued & own) if not waits[node]),
         waits=waits,
         then={node: tuple(followers) for node, followers in then.items()},
-        freed=tuple(_freed(graph, me)),
-        ahead=tuple({*arriving, *(node for (index, _), node in graph.live_writers.items() if index == me)}),
+        freed=tuple(value for value, _ in freed),
+        holds=tuple(len(holders) for _, holders in freed),
+        held_by={node: tuple(indices) for node, indices in held_by.items()},
+        ahead=frozenset({*arriving, *(node for (index, _), node in graph.live_writers.items() if index == me)}),
         nbytes={node: graph.nbytes[node] for node in (*sends, *arriving)},
-        lands=frozenset(node for node in arriving if _lands(graph, node)),
+        collectives={a.result: a for a in phase.actions[device] if isinstance(a, Collective)},
+        lands=dict(_lands(actions, then)),
     )
 
 
@@ -108,16 +123,26 @@ def _queue(graph: Graph, device: int, queue: str) -> Iterator[int]:
         node = graph.behind[node][0] if graph.behind[node] else None
 
 
-def _freed(graph: Graph, device: int) -> Iterator[tuple[Value, tuple[int, ...]]]:
+def _freed(graph: Graph, device: int) -> Iterator[tuple[Value, set[int]]]:
     for allocation in graph.allocations:
         if allocation.device == device and allocation.freed is not None:
             assert allocation.released is not None
-            yield allocation.freed, tuple({node for node in allocation.released if node >= 0})
+            yield allocation.freed, {node for node in allocation.released if node >= 0}
 
 
-def _lands(graph: Graph, node: int) -> bool:
-    """Whether what the transfer brings belongs into the memory of a whole that a collective completes."""
-    return any(
-        isinstance(action := graph.actions[follower], Combine) and action.op == "concat" and action.in_place
-        for follower in graph.then[node]
-    )
+def _pieces(actions: Mapping[int, Action], then: Mapping[int, Sequence[int]]) -> Iterator[tuple[Value, set[int]]]:
+    """The pieces of collectives (whose versions are negative): they go when the last node that reads them has ended."""
+    for node, action in actions.items():
+        made = action.value if isinstance(action, Recv) else action.write if isinstance(action, Combine) else None
+        if made is not None and made.version < 0:
+            yield made, {node, *then.get(node, ())}
+
+
+def _lands(actions: Mapping[int, Action], then: Mapping[int, Sequence[int]]) -> Iterator[tuple[int, Value]]:
+    """Who brings a complete piece to the concatenation that ends a collective: there it is in place already."""
+    for node, action in actions.items():
+        if isinstance(action, Recv) or (isinstance(action, Combine) and action.op == "slice" and not action.in_place):
+            for follower in then.get(node, ()):
+                after = actions[follower]
+                if isinstance(after, Combine) and after.op == "concat" and after.in_place:
+                    yield node, after.write

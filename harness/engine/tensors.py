@@ -31,21 +31,30 @@ class Bundle:
             start = end
         return Bundle(tuple(found))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pieces[0].dtype
+
+    def clone(self) -> Bundle:
+        return Bundle(tuple(piece.clone() for piece in self.pieces))
+
     def add_(self, other: Bundle) -> None:
         """Add another bundle of the same width, however it is cut."""
-        torch._foreach_add_(list(self.pieces), self._cut_alike(other))
+        torch._foreach_add_(*self._cut_alike(other))
 
     def copy_(self, other: Bundle) -> None:
         """Take over another bundle's elements, likewise."""
-        torch._foreach_copy_(list(self.pieces), self._cut_alike(other))
+        torch._foreach_copy_(*self._cut_alike(other))
 
-    def _cut_alike(self, other: Bundle) -> list[Tensor]:
-        """The other's elements in pieces of this bundle's sizes."""
-        sizes = [piece.numel() for piece in self.pieces]
-        if [piece.numel() for piece in other.pieces] == sizes:
-            return list(other.pieces)
-        whole = other.pieces[0] if len(other.pieces) == 1 else torch.cat(other.pieces)
-        return list(whole.split(sizes))
+    def _cut_alike(self, other: Bundle) -> tuple[list[Tensor], list[Tensor]]:
+        """This bundle and the other in pieces of the same sizes. Copies the other only where both have several."""
+        mine, sizes = [piece.numel() for piece in self.pieces], [piece.numel() for piece in other.pieces]
+        if mine == sizes:
+            return list(self.pieces), list(other.pieces)
+        if len(mine) == 1:
+            return list(self.pieces[0].split(sizes)), list(other.pieces)
+        whole = other.pieces[0] if len(sizes) == 1 else torch.cat(other.pieces)
+        return list(self.pieces), list(whole.split(mine))
 
     def square_sum(self) -> Tensor:
         """The sum of the squares of all elements, as a tensor of one element, float32 whatever the pieces are."""

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,23 +48,15 @@ class Iteration:
     sample_ids: Sequence[int]
     rehearsal: bool
     values: dict[Value, Payload] = field(default_factory=dict)
-    waits: dict[int, int] = field(default_factory=dict)
-    left: int = 0
+    landing: dict[Value, Bundle] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)
-    admitted: dict[str, int] = field(default_factory=dict)
     arriving: dict[int, Tensor] = field(default_factory=dict)
-    holds: list[list[Any]] = field(default_factory=list)
-    held_by: dict[int, list[list[Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         program = self.program
-        self.waits = dict(program.waits)
-        self.left = len(program.actions)
+        self.waits, self.holds = dict(program.waits), list(program.holds)
+        self.left, self.left_ahead = len(program.actions), len(program.ahead)
         self.admitted = dict.fromkeys(program.receives, 0)
-        for value, nodes in program.freed:
-            hold = [len(nodes), value]
-            for node in nodes:
-                self.held_by.setdefault(node, []).append(hold)
 
 
 class Worker:
@@ -86,7 +77,8 @@ class Worker:
         self.device, self.plan, self.programs, self.workload = device, plan, programs, workload
         self.shard, self.dataset, self.transport = shard, dataset, transport
         self.barrier, self.progress = barrier, progress
-        self._ready = threading.Condition()
+        self._lock = threading.Lock()
+        self._compute_turn, self._send_turn = threading.Condition(self._lock), threading.Condition(self._lock)
         self._error: BaseException | None = None
         self._current: Iteration | None = None
         self._sender: threading.Thread | None = None
@@ -201,41 +193,41 @@ class Worker:
         iteration = Iteration(number, phase, index, step, program, sample_ids, rehearsal)
         by_name = {value.name: payload for value, payload in carried.items()}
         iteration.values = {value: by_name.get(value.name) for value in program.phase.live.get(self.device, ())}
-        with self._ready:
+        with self._lock:
             self._current = iteration
         for node in program.sends:
             self._sending.put((iteration, node))
         if self.transport is not None:
             self.transport.resume()
-        for node in [node for node in program.unqueued if not program.waits[node]]:
-            self._run_unqueued(iteration, node)
+        self._combine_all(iteration, list(program.at_once))
         return iteration
 
     def _run(self, iteration: Iteration) -> None:
         """The compute queue of one iteration, and what the next one must find."""
         for node in iteration.program.compute:
-            self._wait(iteration, node)
+            self._wait(iteration, node, self._compute_turn)
             start = time.perf_counter()
-            self._compute(iteration, iteration.program.actions[node])
+            self._compute(iteration, node, iteration.program.actions[node])
             if self.shard.device.type == "cuda":
                 torch.cuda.synchronize(self.shard.device)
             self._record(iteration, node, COMPUTE, start, time.perf_counter())
             self._done(iteration, node)
-        with self._ready:
-            while self._error is None and any(node in iteration.waits for node in iteration.program.ahead):
-                self._ready.wait()
+        with self._lock:
+            while self._error is None and iteration.left_ahead:
+                self._compute_turn.wait()
         self._check()
 
     def _finish(self, iteration: Iteration) -> None:
         """Wait until every node of the iteration has ended, transfers too."""
-        with self._ready:
+        with self._lock:
             while self._error is None and iteration.left:
-                self._ready.wait()
+                self._compute_turn.wait()
         self._check()
 
     def _carry(self, iteration: Iteration) -> dict[Value, Payload]:
         names = {value.name for value in iteration.program.phase.leaves_of(self.device)}
-        return {value: payload for value, payload in iteration.values.items() if value.name in names}
+        held = tuple(iteration.values.items())  # what is still being sent may go meanwhile
+        return {value: payload for value, payload in held if value.name in names}
 
     def _sample_ids(self) -> Iterator[list[int]]:
         """The samples of each iteration, epoch after epoch, each epoch in an order of its own."""
@@ -247,14 +239,14 @@ class Worker:
 
     # What actions do
 
-    def _compute(self, iteration: Iteration, action: Action) -> None:
+    def _compute(self, iteration: Iteration, node: int, action: Action) -> None:
         match action:
             case Compute(direction="forward"):
                 self._forward(iteration, action)
             case Compute():
                 self._backward(iteration, action)
             case Combine():
-                self._combine(iteration, action)
+                self._combine(iteration, node, action)
             case Step():
                 self._step(iteration, action)
 
@@ -288,30 +280,74 @@ class Worker:
         for value in fresh:  # autograd adds to the same memory from now on
             iteration.values[value] = self.shard.gradients(value.name)
 
-    def _combine(self, iteration: Iteration, action: Combine) -> None:
+    def _combine(self, iteration: Iteration, node: int, action: Combine) -> None:
         values, write = iteration.values, action.write
         if action.op == "concat" and write.rows is not None:
             values[write] = torch.cat([self._tensor(iteration, value) for value in action.reads])
+        elif action.op == "concat":
+            values[write] = self._complete(iteration, action)
         elif action.op == "square-sum":
             squares = [self._bundle(iteration, value).square_sum() for value in action.reads]
             values[write] = flat(torch.cat(squares).sum().reshape(1))
         elif not action.reads:
             values[write] = self._zeros(write)
         elif action.op == "sum":
-            total = self._bundle(iteration, action.reads[0])
-            for value in action.reads[1:]:
+            first, *others = action.reads
+            total = self._bundle(iteration, first)
+            if action.in_place:
+                values.pop(first, None)
+            else:
+                total = total.clone()
+            for value in others:
                 total.add_(self._bundle(iteration, value))
-                values.pop(value, None)
             values[write] = total
         else:
-            values[write] = self._bundle(iteration, write)
+            (whole,) = action.reads
+            part = self._bundle(iteration, whole._replace(width=write.width))
+            if not action.in_place:
+                part = self._copied(iteration, node, write, part)
+            values[write] = part
+
+    def _copied(self, iteration: Iteration, node: int, write: Value, part: Bundle) -> Bundle:
+        """A copy in memory of its own, or in that of the whole to which it belongs."""
+        if node not in iteration.program.lands:
+            return part.clone()
+        place = self._place(iteration, node, write, part.dtype)
+        place.copy_(part)
+        return place
+
+    def _complete(self, iteration: Iteration, action: Combine) -> Payload:
+        """The result of a collective, whose pieces are all there and where they belong."""
+        collective = iteration.program.collectives[action.write]
+        if collective.kind == "all-reduce":
+            return iteration.values.pop(collective.value)
+        if collective.kind == "all-gather":
+            return iteration.landing.pop(action.write)
+        found = [self._bundle(iteration, value) for value in action.reads]
+        return Bundle(tuple(piece for bundle in found for piece in bundle.pieces))
+
+    def _place(self, iteration: Iteration, node: int, piece: Value, dtype: torch.dtype) -> Bundle:
+        """Where the piece that the node brings lies in the result of its collective."""
+        result = iteration.program.lands[node]
+        collective = iteration.program.collectives[result]
+        if collective.kind == "all-reduce":
+            return self._bundle(iteration, collective.value._replace(width=piece.width))
+        with self._lock:
+            if result not in iteration.landing:
+                whole = torch.empty(self.plan.tensors[result.name].width, dtype=dtype, device=self.shard.device)
+                if self._tracker is not None:
+                    self._tracker.watch(whole)
+                iteration.landing[result] = flat(whole)
+        assert piece.width is not None
+        return iteration.landing[result].slice(*piece.width)
 
     def _zeros(self, value: Value) -> Bundle:
         tensor = self.plan.tensors[value.name]
         if tensor.kind == "gradients":
             self.shard.drop_gradients(value.name)
             return self.shard.gradients(value.name)
-        return Bundle((torch.zeros(tensor.width, device=self.shard.device),))
+        low, high = value.width or (0, tensor.width)
+        return Bundle((torch.zeros(high - low, device=self.shard.device),))
 
     def _step(self, iteration: Iteration, action: Step) -> None:
         names = [value.name for value in action.gradients]
@@ -347,19 +383,21 @@ class Worker:
         return payload
 
     def _bundle(self, iteration: Iteration, value: Value) -> Bundle:
-        """A flat value: one that is held, or a range of one, whatever its version; or of the weights."""
+        """A flat value: one that is held, or a range of one; or of the weights."""
         payload = iteration.values.get(value)
         if isinstance(payload, Bundle):
             return payload
+        whole, payload = value._replace(width=None), None
         if self.plan.tensors[value.name].kind == "weights":
-            whole = self.shard.weights_bundle(value.name)
-        else:
-            whole = next(
-                payload
-                for held, payload in tuple(iteration.values.items())
-                if held.name == value.name and held.width is None and isinstance(payload, Bundle)
-            )
-        return whole if value.width is None else whole.slice(*value.width)
+            payload = self.shard.weights_bundle(value.name)
+        elif (payload := iteration.values.get(whole)) is None:
+            whole = next(held for held in tuple(iteration.values) if is_piece(value, held) and held.name == value.name)
+            payload = iteration.values[whole]
+        assert isinstance(payload, Bundle)
+        if value.width is None:
+            return payload
+        first = 0 if whole.width is None else whole.width[0]
+        return payload.slice(value.width[0] - first, value.width[1] - first)
 
     # The sending thread
 
@@ -367,7 +405,7 @@ class Worker:
         try:
             while (item := self._sending.get()) is not None:
                 iteration, node = item
-                self._wait(iteration, node)
+                self._wait(iteration, node, self._send_turn)
                 action = iteration.program.actions[node]
                 assert isinstance(action, Send)
                 start = time.perf_counter()
@@ -433,7 +471,9 @@ class Worker:
             )
         iteration.admitted[source] += 1
         if node in iteration.program.lands and self.shard.device.type == "cpu":
-            return [buffer(piece) for piece in self._bundle(iteration, action.value).pieces]
+            place = self._place(iteration, node, action.value, getattr(torch, frame.dtype))
+            iteration.values[action.value] = place
+            return [buffer(piece) for piece in place.pieces]
         tensor = empty_on_host(frame.shape, frame.dtype, self.shard.device)
         if self._tracker is not None:
             self._tracker.watch(tensor)
@@ -450,7 +490,9 @@ class Worker:
         if tensor is not None:
             tensor = tensor.to(self.shard.device)
             if node in iteration.program.lands:
-                self._bundle(iteration, action.value).copy_(flat(tensor))
+                place = self._place(iteration, node, action.value, tensor.dtype)
+                place.copy_(flat(tensor))
+                iteration.values[action.value] = place
             else:
                 iteration.values[action.value] = flat(tensor) if self._is_flat(action.value) else tensor
         self._record(iteration, node, NIC_IN, start_s, end_s)
@@ -463,49 +505,60 @@ class Worker:
 
     def fail(self, error: BaseException) -> None:
         """The first error ends the run: it is raised in the caller's thread, and every thread stops."""
-        with self._ready:
+        with self._lock:
             if self._error is None:
                 self._error = error
-            self._ready.notify_all()
+            self._compute_turn.notify()
+            self._send_turn.notify()
 
     def _check(self) -> None:
         if self._error is not None:
             raise self._error
 
-    def _wait(self, iteration: Iteration, node: int) -> None:
-        """Until the nodes that the node waits for have ended."""
-        with self._ready:
-            while self._error is None and iteration.waits[node]:
-                self._ready.wait()
+    def _wait(self, iteration: Iteration, node: int, turn: threading.Condition) -> None:
+        """Until the nodes that the node waits for have ended. One thread waits for a `turn`."""
+        if iteration.waits[node]:
+            with self._lock:
+                while self._error is None and iteration.waits[node]:
+                    turn.wait()
         self._check()
 
     def _done(self, iteration: Iteration, node: int) -> None:
-        """The node has ended: let go of what nobody needs any more, and do the sums that it was the last to delay."""
-        ready = []
-        with self._ready:
-            del iteration.waits[node]
+        """The node has ended; do the sums that it was the last to delay."""
+        self._combine_all(iteration, self._end(iteration, node))
+
+    def _combine_all(self, iteration: Iteration, ready: list[int]) -> None:
+        """Do the unqueued nodes that are ready, and those that they were the last to delay."""
+        while ready:
+            node = ready.pop()
+            action = iteration.program.actions[node]
+            assert isinstance(action, Combine)
+            self._combine(iteration, node, action)
+            ready += self._end(iteration, node)
+
+    def _end(self, iteration: Iteration, node: int) -> list[int]:
+        """Let go of what nobody needs any more, and wake who may go on. Returns sums that are due."""
+        program, ready, gone = iteration.program, [], []
+        with self._lock:
             iteration.left -= 1
-            for follower in iteration.program.then.get(node, ()):
+            iteration.left_ahead -= node in program.ahead
+            if not (iteration.left and iteration.left_ahead):
+                self._compute_turn.notify()
+            for follower in program.then.get(node, ()):
                 iteration.waits[follower] -= 1
-                if not iteration.waits[follower] and follower in iteration.program.unqueued:
-                    ready.append(follower)
-            for hold in iteration.held_by.get(node, ()):
-                hold[0] -= 1
-                if not hold[0]:
-                    self._free(iteration, hold[1])
-            self._ready.notify_all()
-        for follower in ready:
-            self._run_unqueued(iteration, follower)
-
-    def _run_unqueued(self, iteration: Iteration, node: int) -> None:
-        action = iteration.program.actions[node]
-        assert isinstance(action, Combine)
-        self._combine(iteration, action)
-        self._done(iteration, node)
-
-    def _free(self, iteration: Iteration, value: Value) -> None:
-        for held in [held for held in tuple(iteration.values) if held._replace(version=0) == value._replace(version=0)]:
-            iteration.values.pop(held, None)
+                if not iteration.waits[follower]:
+                    if follower in program.unqueued:
+                        ready.append(follower)
+                    elif follower in program.nbytes:
+                        self._send_turn.notify()
+                    else:
+                        self._compute_turn.notify()
+            for index in program.held_by.get(node, ()):
+                iteration.holds[index] -= 1
+                if not iteration.holds[index]:
+                    gone.append(iteration.values.pop(program.freed[index], None))
+        del gone  # outside of the lock: large memory takes its time to go
+        return ready
 
     def _record(self, iteration: Iteration, node: int, queue: str, start: float, end: float) -> None:
         self._busy[queue] += end - start

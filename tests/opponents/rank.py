@@ -1,0 +1,228 @@
+"""One rank of torch's own: DistributedDataParallel, 1F1B of torch.distributed.pipelining, and gloo's collectives.
+
+    python -m tests.opponents.rank RANK NUM_RANKS ADDRESS FOLDER [ENTRANCE...]
+
+ADDRESS is rank 0's; FOLDER holds the samples; each ENTRANCE takes the process's id, which moves it into a control
+group. Orders come line by line, JSON: `[task, iterations]`, see `Task`. The answer is when each iteration began and
+ended (`time.perf_counter`). What an order needs is built and warmed up when it comes for the first time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.nn.parallel import DistributedDataParallel
+
+from harness import datasets, models, samples
+from harness.fleet.processes import die_with_parent
+from harness.models.layered import Layered
+from harness.optimizers import optimizer_for
+from harness.samples import Dataset
+from harness.workload import Workload
+
+PORT = 29_500
+SECONDS = 120
+WARM_UPS = 2
+
+
+@dataclass(frozen=True)
+class Task:
+    """`kind`: "ddp", "late-all-reduce", "1f1b", or a collective of `numel` float32.
+
+    `batches`: the sample ids of each step, over and over. `cuts`: where each stage but the first begins, with the name
+    and the shape of one row of all that it is handed.
+    """
+
+    kind: str
+    workload: Mapping[str, Any] | None = None
+    batches: Sequence[Sequence[int]] = ()
+    num_micro_batches: int = 1
+    cuts: Sequence[tuple[int, str, Sequence[int]]] = ()
+    numel: int = 0
+
+
+Iteration = Callable[[int], object]
+
+
+def main(rank: int, num_ranks: int, address: str, folder: Path, entrances: Sequence[str]) -> None:
+    die_with_parent(os.getppid())
+    for entrance in entrances:
+        Path(entrance).write_text(str(os.getpid()))
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://{address}:{PORT}",
+        rank=rank,
+        world_size=num_ranks,
+        timeout=timedelta(seconds=SECONDS),
+    )
+    print(json.dumps("ready"), flush=True)
+    built: dict[str, Iteration] = {}
+    for line in sys.stdin:
+        fields, iterations = json.loads(line)
+        key = json.dumps(fields)
+        numbers = count()
+        if key not in built:
+            built[key] = build(Task(**fields), rank, num_ranks, folder)
+            for _ in range(WARM_UPS):
+                built[key](next(numbers))
+        dist.barrier()
+        spans = []
+        for _ in range(iterations):
+            began = time.perf_counter()
+            built[key](next(numbers))
+            spans.append((began, time.perf_counter()))
+        print(json.dumps(spans), flush=True)
+    dist.destroy_process_group()
+
+
+def build(task: Task, rank: int, num_ranks: int, folder: Path) -> Iteration:
+    if task.workload is None:
+        return ring(task, rank, num_ranks)
+    workload, dataset = Workload(**task.workload), samples.read(folder / "samples.safetensors")
+    layered = models.build(workload)
+    if task.kind == "ddp":
+        return data_parallel(task, workload, layered, dataset, rank, num_ranks)
+    if task.kind == "late-all-reduce":
+        return late_all_reduce(task, workload, layered, dataset, rank, num_ranks)
+    return pipeline(task, workload, layered, dataset, rank, num_ranks)
+
+
+def ring(task: Task, rank: int, num_ranks: int) -> Iteration:
+    """Each iteration makes a tensor of zeros, as our plan of it does."""
+    share = task.numel // num_ranks
+
+    def all_reduce(_: int) -> None:
+        dist.all_reduce(torch.zeros(task.numel))
+
+    def reduce_scatter(_: int) -> None:
+        dist.reduce_scatter_tensor(torch.empty(share), torch.zeros(task.numel))
+
+    def all_gather(_: int) -> None:
+        dist.all_gather_into_tensor(torch.empty(task.numel), torch.zeros(share))
+
+    return {"all-reduce": all_reduce, "reduce-scatter": reduce_scatter, "all-gather": all_gather}[task.kind]
+
+
+class Stage(nn.Module):
+    """A range of units on rows of given samples: hands one tensor on, or returns the sum of the losses, [1]."""
+
+    def __init__(self, layered: Layered, dataset: Dataset, units: tuple[int, int], enters: str, leaves: str) -> None:
+        super().__init__()
+        self.layered, self.dataset, self.units, self.enters, self.leaves = layered, dataset, units, enters, leaves
+        self.held = nn.ModuleList(layered.units[slice(*units)])
+
+    def forward(self, entering: Tensor, ids: Tensor) -> Tensor:
+        batch = self.dataset.batch(ids.tolist())
+        first, last = self.units
+        made = self.layered.run(first, last, {**batch, self.enters: entering} if first else batch)
+        return made["loss"].reshape(1) if "loss" in made else made[self.leaves]
+
+
+def data_parallel(
+    task: Task, workload: Workload, layered: Layered, dataset: Dataset, rank: int, num_ranks: int
+) -> Iteration:
+    """The same units as ours, on this rank's part of each batch; DDP averages the gradients while they come."""
+    stage = Stage(layered, dataset, (0, len(layered.units)), "", "")
+    model = DistributedDataParallel(stage)
+    optimizer = optimizer_for(workload, list(stage.parameters()))
+    rows = workload.batch_size // num_ranks
+
+    def iteration(number: int) -> float:
+        ids = torch.tensor(task.batches[number % len(task.batches)][rank * rows : (rank + 1) * rows])
+        loss = model(ids, ids)
+        optimizer.zero_grad()
+        (loss.sum() / rows).backward()
+        optimizer.step()
+        return loss.item()
+
+    return iteration
+
+
+def late_all_reduce(
+    task: Task, workload: Workload, layered: Layered, dataset: Dataset, rank: int, num_ranks: int
+) -> Iteration:
+    """The same without overlap, as our plan has it: one all-reduce of all gradients after the backward pass."""
+    stage = Stage(layered, dataset, (0, len(layered.units)), "", "")
+    parameters = list(stage.parameters())
+    optimizer = optimizer_for(workload, parameters)
+    rows = workload.batch_size // num_ranks
+
+    def iteration(number: int) -> float:
+        ids = torch.tensor(task.batches[number % len(task.batches)][rank * rows : (rank + 1) * rows])
+        loss = stage(ids, ids)
+        optimizer.zero_grad()
+        (loss.sum() / workload.batch_size).backward()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        whole = torch.cat([gradient.view(-1) for gradient in gradients])
+        dist.all_reduce(whole)
+        parts = whole.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_([gradient.view(-1) for gradient in gradients], list(parts))
+        optimizer.step()
+        return loss.item()
+
+    return iteration
+
+
+def pipeline(
+    task: Task, workload: Workload, layered: Layered, dataset: Dataset, rank: int, num_ranks: int
+) -> Iteration:
+    """A stage per rank; the losses of the micro-batches are sums over rows, divided by the rows of the batch."""
+    edges = [0, *(first for first, _, _ in task.cuts), len(layered.units)]
+    names = ["", *(name for _, name, _ in task.cuts), ""]
+    stage = Stage(layered, dataset, (edges[rank], edges[rank + 1]), names[rank], names[rank + 1])
+    optimizer = optimizer_for(workload, list(stage.parameters()))
+    rows = workload.batch_size // task.num_micro_batches
+    handed = [torch.empty(rows, *extents, requires_grad=True) for _, _, extents in task.cuts]
+    piece = PipelineStage(
+        stage,
+        rank,
+        num_ranks,
+        torch.device("cpu"),
+        input_args=(handed[rank - 1] if rank else torch.empty(rows),),
+        output_args=(handed[rank] if rank < len(handed) else torch.empty(1, requires_grad=True),),
+    )
+    schedule = Schedule1F1B(
+        piece,
+        task.num_micro_batches,
+        loss_fn=lambda loss, _: loss.sum() / workload.batch_size,
+        scale_grads=False,
+    )
+
+    def iteration(number: int) -> float:
+        ids = torch.tensor(task.batches[number % len(task.batches)])
+        optimizer.zero_grad()
+        found: list[Tensor] = []
+        if rank == 0:
+            schedule.step(torch.zeros(len(ids)), ids=ids)
+        elif rank < num_ranks - 1:
+            schedule.step(ids=ids)
+        else:
+            schedule.step(ids=ids, target=ids, losses=found)
+        optimizer.step()
+        return sum(loss.item() for loss in found)
+
+    return iteration
+
+
+def batches_of(workload: Workload) -> list[list[int]]:
+    """The samples of each step of an epoch, as our workers take them."""
+    order = datasets.sample_order(workload.num_samples, 0, workload.seed)
+    return [list(order[i : i + workload.batch_size]) for i in range(0, len(order), workload.batch_size)]
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), sys.argv[5:])
