@@ -164,7 +164,7 @@ class _Series:
         first = not self.runs  # repeats train the same: to verify one is to verify all
         how = {"data_dir": request.data_dir, "verify": request.verify and first}
         self.execution = execution = execute(plan, request.workload, costs, **how)
-        found.update(measure.memory(execution.trace), dilation=execution.dilation, emulation=execution.emulation)
+        found.update(measure.memory(execution.trace), dilation=execution.dilation, emulation=plain(execution.emulation))
         if first:
             found.update(max_rel_error=execution.max_rel_error)
         _must_fit(execution.trace, request)
