@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,6 +70,13 @@ def sample_order(num_samples: int, epoch: int, seed: int) -> list[int]:
     order = list(range(num_samples))
     random.Random(f"order of epoch {epoch} with seed {seed}").shuffle(order)
     return order
+
+
+def batches(workload: Workload) -> Iterator[list[int]]:
+    """The sample ids of each iteration, epoch after epoch without end, each epoch in an order of its own."""
+    for epoch in count():
+        order = sample_order(workload.num_samples, epoch, workload.seed)
+        yield from (order[i : i + workload.batch_size] for i in range(0, len(order), workload.batch_size))
 
 
 def load(workload: Workload, data_dir: Path | None = None) -> Dataset:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from harness import models
-from harness.datasets import sample_order
+from harness.datasets import batches
 from harness.engine.dropout import KeyedDropout
 from harness.models.layered import Layered
 from harness.optimizers import optimizer_for
@@ -48,7 +48,7 @@ def train(plan: Plan, workload: Workload, dataset: Dataset) -> Reference:
     optimizer = optimizer_for(workload, parameters)
     masks = KeyedDropout(workload.seed)
     losses: list[float] = []
-    orders = _sample_ids(workload)
+    orders = batches(workload)
     for phase in plan.phases:
         for _ in range(phase.repeat):
             loss = _loss(phase, layered, dataset, masks, len(losses), next(orders)) / phase.batch_size
@@ -150,12 +150,3 @@ def _piece(
     with masks.samples(step, mine):
         made = layered.run(*units, {**batch, **entering}, entering=masks.enter)
     return {name: tensor for name, tensor in made.items() if name not in batch}
-
-
-def _sample_ids(workload: Workload) -> Iterator[list[int]]:
-    epoch = 0
-    while True:
-        order = sample_order(workload.num_samples, epoch, workload.seed)
-        for first in range(0, len(order), workload.batch_size):
-            yield order[first : first + workload.batch_size]
-        epoch += 1

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 import torch
 from torch import Tensor
 
-from harness.datasets import sample_order
+from harness.datasets import batches
 from harness.engine.model_shard import ModelShard, Saved
 from harness.engine.program import Program
 from harness.engine.report import DeviceReport, PhaseTimes
@@ -114,7 +114,7 @@ class Worker:
         buffers = [buffer.clone() for buffer in self.shard.buffers()]
         self._tracker = Tracker()
         with self._tracker:
-            iteration = self._iteration(0, 0, 0, -1, next(self._sample_ids()), {}, rehearsal=True)
+            iteration = self._iteration(0, 0, 0, -1, next(batches(self.workload)), {}, rehearsal=True)
             self._run(iteration)
         self._finish(iteration)
         tracker, self._tracker = self._tracker, None
@@ -139,7 +139,7 @@ class Worker:
         losses: list[float] = []
         phases: list[PhaseTimes] = []
         carried: dict[Value, Payload] = {}
-        ids, number = self._sample_ids(), 0
+        ids, number = batches(self.workload), 0
         for place, program in enumerate(self.programs):
             spans: list[tuple[float, float]] = []
             sent = sum(self._sent.values())
@@ -228,14 +228,6 @@ class Worker:
         names = {value.name for value in iteration.program.phase.leaves_of(self.device)}
         held = tuple(iteration.values.items())  # what is still being sent may go meanwhile
         return {value: payload for value, payload in held if value.name in names}
-
-    def _sample_ids(self) -> Iterator[list[int]]:
-        """The samples of each iteration, epoch after epoch, each epoch in an order of its own."""
-        total, size, epoch = self.workload.num_samples, self.workload.batch_size, 0
-        while True:
-            order = sample_order(total, epoch, self.workload.seed)
-            yield from (order[i : i + size] for i in range(0, total, size))
-            epoch += 1
 
     # What actions do
 
