@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Collection, Iterator
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class Tracker(TorchDispatchMode):
         self.changes: list[tuple[int, int]] = []
         self.alive: dict[int, int] = {}
         self._entries: dict[int, tuple[int, weakref.ref[Any]]] = {}
-        self._born_so_far = 0
+        self._numbers = count(1)  # one step even where several threads make storages
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -80,7 +81,7 @@ class Tracker(TorchDispatchMode):
         identity, nbytes = storage._cdata, storage.nbytes()
         if identity in self._entries:
             return
-        number = self._born_so_far = self._born_so_far + 1
+        number = next(self._numbers)
         self.changes.append((nbytes, number))
         self.alive[number] = nbytes
         self._entries[identity] = number, weakref.ref(storage, partial(self._end, identity, number))
