@@ -34,7 +34,7 @@ from testbeds.library import Event, Testbed
 
 LOOPBACK = "loopback"
 MOST_LOCAL = 32
-#: What a worker needs beside its tensors: Python's own objects, threads, buffers of sockets.
+#: What a worker may have beside its tensors: Python's own objects, threads, buffers of sockets. Assumed, not measured.
 PROCESS_BYTES = 96 * 2**20
 #: An iteration that takes so much longer than simulated has stopped.
 STALL_FACTOR, STALL_S = 20.0, 60.0
