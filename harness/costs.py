@@ -122,6 +122,7 @@ class Costs:
     `inputs` are the tensors that every device reads from its own copy of the data, by sample id.
     `measured[table][direction]` holds, per unit (chain, then local), measured seconds as ((rows, seconds), ...);
     `measured[table]["update"]` likewise the optimizer's update, which does not depend on rows.
+    `core_flops_per_s[table]` is what a core of the measured machine did at that time (see `harness.profile.core`).
     `key` identifies the content: same key, same costs.
     """
 
@@ -133,6 +134,7 @@ class Costs:
     inputs: tuple[str, ...]
     training: bool
     measured: dict[str, dict[str, tuple[tuple[tuple[int, float], ...], ...]]] = field(default_factory=dict, hash=False)
+    core_flops_per_s: dict[str, float] = field(default_factory=dict, hash=False)
 
     @cached_property
     def layers(self) -> tuple[tuple[int, int], ...]:

@@ -21,15 +21,15 @@ from harness.fleet.job import SAMPLES, WEIGHTS, Job, trained
 from harness.models import shards
 from harness.plan import Plan
 from harness.plan.serial import to_json
-from harness.profile.measure import on_this_machine
+from harness.profile.measure import LOCAL, on_this_machine
 from harness.registry import Finding
 from harness.samples import Dataset
 from harness.simulator import estimate
 from harness.workload import Workload
 from testbeds.emulation import calibration, cgroups, leftovers, namespaces, shaping
-from testbeds.emulation.calibration import Achieved
+from testbeds.emulation.calibration import Cores, Links
 from testbeds.emulation.machine import Machine
-from testbeds.emulation.setting import SEND_BUFFER_BYTES, Setting, decide, speeds
+from testbeds.emulation.setting import Setting, decide, speeds
 from testbeds.library import Event, Testbed
 
 LOOPBACK = "loopback"
@@ -92,7 +92,8 @@ class Emulation:
         self.shaped = testbed.medium != LOOPBACK
         self.machine: Machine | None = None
         self.setting: Setting | None = None
-        self.achieved: Achieved | None = None
+        self.cores: Cores | None = None
+        self.links: Links | None = None
         self.prepared: tuple[Workload, Path | None] | None = None
         self.dataset: Dataset | None = None
         self.generation, self.secret = 0, ""
@@ -115,7 +116,7 @@ class Emulation:
         jobs = [self._job(machine, setting, text, workload, device, verify) for device in plan.devices]
         iteration = max(max(p.iteration_s) for p in estimate(plan, costs, self.testbed.cluster).phases)
         dilation = setting.dilation if setting else 1.0
-        events = _Events(machine, self.testbed.events, setting)
+        events = _Events(machine, self.testbed.events, dilation, self.links)
         try:
             reports = machine.fleet.run(
                 jobs, STALL_S + STALL_FACTOR * iteration * dilation, events.begun, events.happen
@@ -155,7 +156,7 @@ class Emulation:
         """The processes, on their way up; new ones where some were lost in the last run."""
         if self.machine is not None and self.machine.broken:
             self.close()
-            self.setting = None
+            self.setting = self.cores = self.links = None
             self.oom_kills.clear()
         if self.machine is None:
             limited = self.shaped or bool(self.testbed.own_memory)
@@ -169,30 +170,34 @@ class Emulation:
             return None
         if any(device.measured is None for device in cluster.devices):
             costs = on_this_machine(workload, costs, [PROFILED_ROWS])
-        return decide(cluster, self.testbed.own_memory, speeds(cluster, costs, PROFILED_ROWS))
+        rate = costs.core_flops_per_s[LOCAL]
+        return decide(cluster, self.testbed.own_memory, speeds(cluster, costs, PROFILED_ROWS), rate)
 
     def _set(self, machine: Machine, setting: Setting | None) -> Setting | None:
-        """Shape and limit, then measure what that gives. On loopback only memory may be limited."""
+        """Shape and limit, then measure what that gives. On loopback only memory may be limited.
+
+        Cores are measured before every run, for this machine's may have become faster or slower.
+        """
         if setting is None:
             cluster = self.testbed.cluster
             for device in self.testbed.own_memory:
                 machine.order("memory", device, limit_bytes=cluster.device(device).memory_bytes + PROCESS_BYTES)
             return None
-        if setting == self.setting:
-            return setting
+        self.cores = calibration.cores(machine, setting, self.cores)
+        if self.setting is None or self.setting.mbit_per_s != setting.mbit_per_s:
+            self.links = calibration.links(machine, setting)
+            if machine.has_netem:
+                calibration.shape(machine, self.links.nominal_mbit_per_s, self._added_latency_s(setting))
         for device, limit in setting.memory_bytes.items():
             if limit is not None:
                 machine.order("memory", device, limit_bytes=limit + PROCESS_BYTES)
-        self.achieved = calibration.calibrate(machine, setting)
-        if machine.has_netem:
-            calibration.shape(machine, self.achieved.nominal_mbit_per_s, self._added_latency_s(setting))
         self.setting = setting
         return setting
 
     def _added_latency_s(self, setting: Setting) -> float:
         """What is missing of the testbed's latency: a message has a way to go here, too."""
-        assert self.achieved is not None
-        return max(0.0, setting.latency_s - self.achieved.hop_s)
+        assert self.links is not None
+        return max(0.0, setting.latency_s - self.links.hop_s)
 
     def _job(
         self, machine: Machine, setting: Setting | None, plan: str, workload: Workload, device: str, save: bool
@@ -207,8 +212,9 @@ class Emulation:
             secret=self.secret,
             host=namespaces.address(rank) if self.shaped else "127.0.0.1",
             latency_s=0.0 if setting is None or machine.has_netem else self._added_latency_s(setting),
-            send_buffer_bytes=SEND_BUFFER_BYTES if self.shaped else None,
-            enter=tuple(machine.entrances[device]),
+            send_buffer_bytes=setting.send_buffer_bytes(device) if setting else None,
+            enter=machine.entrances[device].process,
+            enter_computing=machine.entrances[device].computing,
             save=save,
         )
 
@@ -225,20 +231,20 @@ class Emulation:
 
     def _about(self) -> dict[str, object]:
         """What the testbed measured of itself, for the record."""
-        if self.setting is None or self.achieved is None or self.machine is None:
+        if self.setting is None or self.cores is None or self.links is None or self.machine is None:
             return {"shaped": False}
         return {
             "shaped": True,
             "latency_by": "netem" if self.machine.has_netem else "transport",
-            "message_s": self.achieved.hop_s,
-            "core_flops_per_s": self.achieved.core_flops_per_s,
+            "message_s": self.links.hop_s,
+            "core_flops_per_s": self.setting.core_flops_per_s,
             "devices": {
                 device: {
                     "cpu_share": share,
-                    "measured_cpu_share": self.achieved.shares[device],
-                    "quota_us_period_us": self.achieved.quotas[device],
-                    "nominal_mbit_per_s": self.achieved.nominal_mbit_per_s[device],
-                    "measured_mbit_per_s": self.achieved.mbit_per_s.get(device),
+                    "measured_cpu_share": self.cores.flops_per_s[device] / self.setting.core_flops_per_s,
+                    "quota_us_period_us": self.cores.quotas[device],
+                    "nominal_mbit_per_s": self.links.nominal_mbit_per_s[device],
+                    "measured_mbit_per_s": self.links.mbit_per_s.get(device),
                 }
                 for device, share in self.setting.shares.items()
             },
@@ -248,9 +254,9 @@ class Emulation:
 class _Events:
     """What happens to links during a run, at the testbed's times."""
 
-    def __init__(self, machine: Machine, events: Sequence[Event], setting: Setting | None) -> None:
-        self.machine, self.setting = machine, setting
-        self.left = list(events) if setting is not None else []
+    def __init__(self, machine: Machine, events: Sequence[Event], dilation: float, links: Links | None) -> None:
+        self.machine, self.dilation, self.links = machine, dilation, links
+        self.left = list(events) if links is not None else []
         self.happened: list[Event] = []
         self.origin = 0.0
 
@@ -259,24 +265,19 @@ class _Events:
 
     def happen(self) -> None:
         """Called now and then: does what is due."""
-        while self.left and time.perf_counter() >= self.origin + self.left[0].at_s * self._dilation:
+        while self.left and time.perf_counter() >= self.origin + self.left[0].at_s * self.dilation:
             event = self.left.pop(0)
             self.happened.append(event)
             if event.link is not None:
                 self.machine.order("link", event.device, up=event.link == "up")
             else:
                 assert event.mbit_per_s is not None
-                self.machine.order("rate", event.device, mbit_per_s=event.mbit_per_s / self._dilation)
+                self.machine.order("rate", event.device, mbit_per_s=event.mbit_per_s / self.dilation)
 
     def undo(self) -> None:
         """Links are again what they were."""
         for event in self.happened:
             if not self.machine.broken:
-                assert self.setting is not None
+                assert self.links is not None
                 self.machine.order("link", event.device, up=True)
-                self.machine.order("rate", event.device, mbit_per_s=self.setting.mbit_per_s[event.device])
-
-    @property
-    def _dilation(self) -> float:
-        assert self.setting is not None
-        return self.setting.dilation
+                self.machine.order("rate", event.device, mbit_per_s=self.links.nominal_mbit_per_s[event.device])

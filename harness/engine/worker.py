@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
@@ -34,6 +35,8 @@ from harness.workload import Workload
 Payload = Tensor | Bundle | Saved | None
 #: How long `stop` waits for a thread that is amid an operator.
 STOP_S = 10
+#: The first is watched, which takes memory in another order than a run does; the second is as a run.
+REHEARSALS = 2
 
 
 @dataclass
@@ -109,22 +112,24 @@ class Worker:
     def rehearse(self) -> dict[str, int]:
         """The first iteration without its update, watched: most bytes made at once, all together and by kind.
 
-        All devices rehearse together. It warms everything up, and everything that it changes is put back.
+        All devices rehearse together, once more without being watched, for memory is taken in another order then. It
+        warms everything up, and everything that it changes is put back.
         """
         buffers = [buffer.clone() for buffer in self.shard.buffers()]
-        self._tracker = Tracker()
-        with self._tracker:
-            iteration = self._iteration(0, 0, 0, -1, next(batches(self.workload)), {}, rehearsal=True)
-            self._run(iteration)
-        self._finish(iteration)
-        tracker, self._tracker = self._tracker, None
+        self._tracker = tracker = Tracker()
+        for number in range(REHEARSALS):
+            with self._tracker or nullcontext():
+                iteration = self._iteration(number, 0, 0, -1, next(batches(self.workload)), {}, rehearsal=True)
+                self._run(iteration)
+            self._finish(iteration)
+            iteration.values.clear()
+            self._tracker = None
         gradients = self._gradient_storages
         moving = {
             "moving": max(tracker.levels()),
             "gradients": max(tracker.levels(only=gradients)),
             "activations": max(tracker.levels(without=gradients)),
         }
-        iteration.values.clear()
         for changed, before in zip(self.shard.buffers(), buffers, strict=True):
             changed.copy_(before)
         self._loss = 0.0
@@ -139,16 +144,16 @@ class Worker:
         losses: list[float] = []
         phases: list[PhaseTimes] = []
         carried: dict[Value, Payload] = {}
-        ids, number = batches(self.workload), 0
+        ids, step = batches(self.workload), -1
         for place, program in enumerate(self.programs):
             spans: list[tuple[float, float]] = []
             sent = sum(self._sent.values())
             for index in range(program.phase.repeat):
-                number += 1
+                step += 1
                 if not program.phase.training:
                     self.barrier()
                 began = time.perf_counter()
-                iteration = self._iteration(number, place, index, number - 1, next(ids), carried)
+                iteration = self._iteration(REHEARSALS + step, place, index, step, next(ids), carried)
                 self._run(iteration)
                 if not program.phase.training or index + 1 == program.phase.repeat:
                     self._finish(iteration)
@@ -156,7 +161,7 @@ class Worker:
                 losses.append(self._loss / program.phase.batch_size)
                 self._loss = 0.0
                 spans.append((began - origin, time.perf_counter() - origin))
-                self.progress(number)
+                self.progress(step + 1)
             phases.append(PhaseTimes(tuple(spans), sum(self._sent.values()) - sent))
         return DeviceReport(
             device=self.device,
@@ -344,7 +349,8 @@ class Worker:
     def _step(self, iteration: Iteration, action: Step) -> None:
         names = [value.name for value in action.gradients]
         if iteration.rehearsal:
-            self._note_gradients(names)
+            if self._tracker is not None:
+                self._note_gradients(names, self._tracker)
         else:
             norm = None if action.norm is None else self._bundle(iteration, action.norm).pieces[0]
             self.shard.step(names, norm)
@@ -353,11 +359,10 @@ class Worker:
         for value in action.writes:
             iteration.values[value] = iteration.values.pop(value._replace(version=value.version - 1))
 
-    def _note_gradients(self, names: Sequence[str]) -> None:
-        assert self._tracker is not None
+    def _note_gradients(self, names: Sequence[str], tracker: Tracker) -> None:
         for name in names:
             for parameter in self.shard.trained(name):
-                number = None if parameter.grad is None else self._tracker.number(parameter.grad)
+                number = None if parameter.grad is None else tracker.number(parameter.grad)
                 if number is not None:
                     self._gradient_storages.add(number)
 

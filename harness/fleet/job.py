@@ -22,7 +22,9 @@ from harness.engine.program import peers
 from harness.errors import OrreryError, Unsupported
 from harness.fleet import probe
 from harness.fleet.channel import Channel, Closed, Message
+from harness.fleet.processes import enter
 from harness.fleet.supervisor import Pulse
+from harness.heap import keep_freed_memory
 from harness.models import shards
 from harness.plan import Plan
 from harness.plan.serial import from_json
@@ -42,7 +44,8 @@ SWITCH_S = 2e-4
 class Job:
     """One device's part of a run. `folder` holds the weights and samples; `host` is the address to listen on.
 
-    `enter` are files that take the process's id, which moves it into its control groups.
+    `enter` are files that take the process's id, which moves it into its control groups; `enter_computing` take that of
+    the thread that computes, once the others run.
     `latency_s` is added to every message. `save` writes the trained shard into the folder.
     """
 
@@ -58,12 +61,15 @@ class Job:
     send_buffer_bytes: int | None = None
     accelerator: str = "cpu"
     enter: tuple[str, ...] = ()
+    enter_computing: tuple[str, ...] = ()
     save: bool = False
 
 
 def work(channel: Channel, message: Message, pulse: Pulse) -> None:
     """Do the job, or the probe, that the message holds. What goes wrong is told to the coordinator:
     `{"failed": {kind, message, secondary, unsupported, refused, traceback}}`."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
     try:
         if "probe" in message:
             probe.work(channel, message["probe"])
@@ -85,8 +91,7 @@ def work(channel: Channel, message: Message, pulse: Pulse) -> None:
 
 
 def _work(channel: Channel, job: Job, pulse: Pulse) -> None:
-    probe.enter(job.enter)
-    torch.set_num_threads(1)
+    enter(job.enter)
     sys.setswitchinterval(SWITCH_S)
     plan, workload = from_json(job.plan), Workload(**job.workload)
     mine = programs(plan, job.device)
@@ -112,6 +117,7 @@ def _work(channel: Channel, job: Job, pulse: Pulse) -> None:
 
         worker = Worker(job.device, plan, mine, workload, shard, dataset, transport, barrier, pulse.progress)
         worker.start()
+        enter(job.enter_computing)
         moving = worker.rehearse()
         gc.collect()
         gc.freeze()  # what is there now stays: no need to look through it again and again

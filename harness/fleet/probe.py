@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-import torch
 
 from harness.fleet.channel import Channel, Message
+from harness.fleet.processes import enter
+from harness.profile.core import Core
 from harness.transport import Frame, Transport
 
-#: One product of square matrices: small enough to stay in the cache, large enough to be no matter of overhead.
-PRODUCT = 192
+#: Under a quota, several periods: what it has saved up is used up then.
+WARM_UP_S = 0.05
 FRAME_BYTES = 2**16
 ROUNDS = 20
 CONNECT_S = 30.0
@@ -23,7 +21,7 @@ CONNECT_S = 30.0
 
 @dataclass(frozen=True)
 class ComputeProbe:
-    """Multiply matrices for `seconds`. Answers `{"probed": {"flops_per_s": ...}}`."""
+    """Train a layer for `seconds` (see `harness.profile.core`). Answers `{"probed": {"flops_per_s": ...}}`."""
 
     seconds: float
     enter: tuple[str, ...] = ()
@@ -44,35 +42,16 @@ class LinkProbe:
     host: str
     latency_s: float = 0.0
     send_buffer_bytes: int | None = None
-    enter: tuple[str, ...] = ()
-
-
-def enter(files: Sequence[str]) -> None:
-    """Move this process into control groups, by the files that take its id."""
-    for file in files:
-        Path(file).write_text(str(os.getpid()))
 
 
 def compute(channel: Channel, probe: ComputeProbe) -> None:
     enter(probe.enter)
-    torch.set_num_threads(1)
-    a, b = torch.randn(PRODUCT, PRODUCT), torch.randn(PRODUCT, PRODUCT)
-    _multiply(a, b, 0.05)
+    core = Core()
+    core.flops_per_s(WARM_UP_S)
     channel.send({"ready": True})
     channel.receive()
-    products, seconds = _multiply(a, b, probe.seconds)
-    channel.send({"probed": {"flops_per_s": products * 2 * PRODUCT**3 / seconds}})
+    channel.send({"probed": {"flops_per_s": core.flops_per_s(probe.seconds)}})
     channel.receive()
-
-
-def _multiply(a: torch.Tensor, b: torch.Tensor, seconds: float) -> tuple[int, float]:
-    began = time.perf_counter()
-    count, now = 0, began
-    while now - began < seconds:
-        torch.mm(a, b)
-        count += 1
-        now = time.perf_counter()
-    return count, now - began
 
 
 class _Inbox:
@@ -108,7 +87,6 @@ class _Inbox:
 
 
 def links(channel: Channel, probe: LinkProbe) -> None:
-    enter(probe.enter)
     rank = probe.ring.index(probe.device)
     right, left = probe.ring[(rank + 1) % len(probe.ring)], probe.ring[rank - 1]
     transport = Transport(

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -24,6 +25,13 @@ def adopt_orphans() -> None:
     """From now on whoever below this process loses its parent is its child, so that it can wait for it. Linux only."""
     if sys.platform == "linux":
         _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def enter(files: Sequence[str]) -> None:
+    """Move this process, or its first thread, into control groups, by the files that take an id. Called by that thread,
+    whose id is the process's own."""
+    for file in files:
+        Path(file).write_text(str(os.getpid()))
 
 
 def cpu_ticks(pid: int) -> int:

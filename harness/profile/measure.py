@@ -2,7 +2,9 @@
 
 Units are not timed one by one: each would pay for starting autograd, and none would meet the caches as its neighbours
 leave them. Whole iterations run as the engine runs them, dropout by key too, in turn plain and with a time stamp at
-every boundary between units: the stamps say how an iteration is shared out, the plain ones how long it is.
+every boundary between units: the stamps say how an iteration is shared out, the plain ones how long it is. A machine's
+speed changes while that goes on, so every number of rows is timed at the speed of the core that it met, and all are
+given at one.
 """
 
 from __future__ import annotations
@@ -26,16 +28,22 @@ from torch.utils.hooks import RemovableHandle
 from harness import datasets
 from harness.costs import BACKWARD, DIRECTIONS, FORWARD, UPDATE, Costs
 from harness.engine.dropout import KeyedDropout
+from harness.heap import keep_freed_memory
 from harness.models import build
 from harness.models.layered import Layered, Unit
 from harness.optimizers import optimizer_for
 from harness.profile import store
+from harness.profile.core import Core
 from harness.threads import one_thread
 from harness.workload import Workload
 
 #: The name of this machine's table in `Costs.measured`; a device with `measured = "local"` is timed by it.
 LOCAL = "local"
 WARM_UPS = 2
+#: Short iterations are repeated for so long, or so often: a machine with neighbours is faster and slower by turns.
+LEAST_S, MOST_REPEATS = 1.0, 50
+#: Between iterations the core is timed for so long.
+CORE_S = 0.01
 #: A forward pass of more takes seconds on one core, and all of them minutes: then we say what is going on.
 LONG_FLOPS = 5e10
 
@@ -53,7 +61,9 @@ def on_this_machine(workload: Workload, costs: Costs, rows: Sequence[int]) -> Co
         return measured(workload, costs, lambda count: samples.batch(range(count)), rows)
 
 
-def measured(workload: Workload, costs: Costs, batch_of: Batches, rows: Sequence[int], repeats: int = 7) -> Costs:
+def measured(
+    workload: Workload, costs: Costs, batch_of: Batches, rows: Sequence[int], repeats: int = 7, least_s: float = LEAST_S
+) -> Costs:
     """`costs` with the seconds of every unit on this machine as `measured["local"]`.
 
     `batch_of(rows)` gives the tensors of that many samples by name, labels included. Measured once per machine,
@@ -64,54 +74,77 @@ def measured(workload: Workload, costs: Costs, batch_of: Batches, rows: Sequence
         "optimizer": workload.optimizer,
         "rows": list(rows),
         "repeats": repeats,
+        "least_s": least_s,
         "dropout": "keyed",
+        "freed memory": "kept",
     }
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
     path = store.folder() / f"{costs.key}-{digest}.json"
-    seconds = store.read(path, store.seconds_from_dict)
-    if seconds is None:
+    timed = store.read(path, store.timed_from_dict)
+    if timed is None:
         if costs.work(0, len(costs.units), FORWARD).flops(max(rows)) > LONG_FLOPS:
             print(f"measuring the units of {workload.model} on this machine, once", file=sys.stderr, flush=True)
+        keep_freed_memory()
         layered = build(workload)
         optimizer = None
         if workload.training:
             optimizer = optimizer_for(workload, [p for p in layered.root.parameters() if p.requires_grad])
-        seconds = measure_units(layered, optimizer, batch_of, rows, repeats)
-        store.write(path, seconds)
-    return replace(costs, measured={**costs.measured, LOCAL: seconds})
+        timed = measure_units(layered, optimizer, batch_of, rows, repeats, least_s)
+        store.write(path, timed._asdict())
+    return replace(
+        costs,
+        measured={**costs.measured, LOCAL: timed.seconds},
+        core_flops_per_s={**costs.core_flops_per_s, LOCAL: timed.core_flops_per_s},
+    )
 
 
 def measure_units(
-    layered: Layered, optimizer: torch.optim.Optimizer | None, batch_of: Batches, rows: Sequence[int], repeats: int
-) -> store.Seconds:
+    layered: Layered,
+    optimizer: torch.optim.Optimizer | None,
+    batch_of: Batches,
+    rows: Sequence[int],
+    repeats: int,
+    least_s: float = 0.0,
+) -> store.Timed:
     """Seconds of each unit (the chain, then the local units) per direction, as ((rows, seconds), ...).
 
     Medians of `repeats` iterations of forward and backward, or of forward alone for a model in eval mode, scaled to
-    add up to the median of as many plain iterations. `layered` is trained on the way, if there is an optimizer.
+    add up to the median of as many plain iterations; of more where they take less than `least_s` together. `layered`
+    is trained on the way, if there is an optimizer.
     """
     names = [unit.name for unit in (*layered.units, *layered.local_units)]
+    core = Core()
     updates: list[float] = []
+    rates: list[float] = []
     points: dict[str, list[list[tuple[int, float]]]] = {direction: [[] for _ in names] for direction in DIRECTIONS}
     for count in sorted(rows):
         batch = batch_of(count)
         plain: list[dict[str, Span]] = []
         stamped: list[dict[str, dict[str, float]]] = []
-        for _ in range(WARM_UPS + repeats):
+        found: list[float] = []
+        began = perf_counter()
+        while len(plain) < WARM_UPS + (repeats if perf_counter() - began >= least_s else MOST_REPEATS):
             plain.append(_iteration(layered, batch, count, optimizer))
             stamped.append(_stamped_iteration(layered, batch, count))
+            found.append(core.flops_per_s(CORE_S))
+        rates.append(statistics.median(found))
         for direction in plain[0].keys() & set(DIRECTIONS):
-            whole = statistics.median(run[direction][1] - run[direction][0] for run in plain[WARM_UPS:])
+            whole = rates[-1] * statistics.median(run[direction][1] - run[direction][0] for run in plain[WARM_UPS:])
             parts = [statistics.median(run[direction].get(name, 0.0) for run in stamped[WARM_UPS:]) for name in names]
             for unit, seconds in zip(points[direction], parts, strict=True):
                 unit.append((count, seconds * whole / sum(parts)))
         if BACKWARD not in plain[0]:
             for unit in points[BACKWARD]:
                 unit.append((count, 0.0))
-        updates += [run[UPDATE][1] - run[UPDATE][0] for run in plain[WARM_UPS:] if UPDATE in run]
-    table = {direction: tuple(tuple(unit) for unit in points[direction]) for direction in DIRECTIONS}
+        updates += [rates[-1] * (run[UPDATE][1] - run[UPDATE][0]) for run in plain[WARM_UPS:] if UPDATE in run]
+    rate = statistics.median(rates)
+    table = {
+        direction: tuple(tuple((count, work / rate) for count, work in unit) for unit in points[direction])
+        for direction in DIRECTIONS
+    }
     if updates:
-        table[UPDATE] = _shared_by_weights(layered, statistics.median(updates))
-    return table
+        table[UPDATE] = _shared_by_weights(layered, statistics.median(updates) / rate)
+    return store.Timed(table, rate)
 
 
 def _shared_by_weights(layered: Layered, seconds: float) -> tuple[tuple[tuple[int, float], ...], ...]:

@@ -9,13 +9,20 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from harness.costs import Affine, Costs, ParameterCost, TensorCost, UnitCost, Work
 
 #: Per direction and unit, seconds by rows: ((rows, seconds), ...), as `Costs.measured` holds them.
 Seconds = dict[str, tuple[tuple[tuple[int, float], ...], ...]]
 Content = TypeVar("Content")
+
+
+class Timed(NamedTuple):
+    """What the units of a workload cost on one machine, and how fast a core of it was then, in FLOP/s."""
+
+    seconds: Seconds
+    core_flops_per_s: float
 
 
 def folder() -> Path:
@@ -85,12 +92,13 @@ def from_dict(content: dict[str, Any]) -> Costs:
     )
 
 
-def seconds_from_dict(content: dict[str, Any]) -> Seconds:
-    """`Seconds` after a round trip through JSON, which knows no tuples."""
-    return {
+def timed_from_dict(content: dict[str, Any]) -> Timed:
+    """The inverse of `Timed._asdict` after a round trip through JSON, which knows no tuples."""
+    seconds = {
         direction: tuple(tuple((rows, seconds) for rows, seconds in points) for points in units)
-        for direction, units in content.items()
+        for direction, units in content["seconds"].items()
     }
+    return Timed(seconds, content["core_flops_per_s"])
 
 
 def _unit(**content: Any) -> UnitCost:

@@ -1,10 +1,14 @@
 """CPU and memory limits of emulated devices: control groups (cgroups) of version 1, 2, or both mixed.
 
 All groups of a campaign lie in one named after the process that owns it, so that those of dead owners can be told.
+
+Memory is limited per process, computing per thread: what waits for the network and copies what comes must not wait for
+the device's share of a core, for no link would be as fast as it is.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -12,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from harness.errors import OrreryError
 
@@ -22,6 +27,8 @@ CONTROLLERS = ("cpu", "memory")
 NAME = re.compile(r"orrery-(\d+)-(\d+)-(\d+)")
 #: A killed process needs this long to leave its group, with all its memory, on a busy machine.
 LEAVE_TIMEOUT_S = 10.0
+#: Version 2: the group of the threads that compute, inside that of their process.
+COMPUTING = "computing"
 #: What version 1 reads and shows as "no limit".
 UNLIMITED = "-1"
 
@@ -38,6 +45,13 @@ class Limits:
     cpu: bool
     memory: bool
     why: str
+
+
+class Entrances(NamedTuple):
+    """Files that take an id: of a process that is to be in the groups of a device, then of its thread that computes."""
+
+    process: tuple[str, ...] = ()
+    computing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,14 +109,19 @@ class Groups:
     def add(self, device: str) -> None:
         """Make the groups of a device, without limits."""
         for place in self._places:
-            _make(place.path / device)
+            group = place.path / device
+            _make(group)
+            if place.version == 2 and "cpu" in place.controllers:
+                _make(group / COMPUTING)
+                _write(group / COMPUTING / "cgroup.type", "threaded")
+                _enable(group, ("cpu",))
 
     def limit_cpu(self, device: str, quota: tuple[int, int] | None) -> None:
         """At most `quota = (quota_us, period_us)`: so many microseconds of computing in each period. None: no limit."""
         place = self._place("cpu")
         group = place.path / device
         if place.version == 2:
-            _write(group / "cpu.max", "max" if quota is None else f"{quota[0]} {quota[1]}")
+            _write(group / COMPUTING / "cpu.max", "max" if quota is None else f"{quota[0]} {quota[1]}")
             return
         _write(group / "cpu.cfs_quota_us", UNLIMITED)  # else the new period with the old quota may be refused
         if quota is not None:
@@ -125,14 +144,18 @@ class Groups:
         if both.exists():
             _write(both, str(limit_bytes))
 
-    def enter(self, device: str, pid: int = 0) -> None:
-        """Move a process into the groups of a device; 0 is this one. What it forks from now on is in them too."""
+    def entrances(self, device: str) -> Entrances:
+        """How to enter a device's groups. Where version 1 has one hierarchy for both, all threads share a quota."""
+        process, computing = [], []
         for place in self._places:
-            _write(place.path / device / "cgroup.procs", str(pid))
-
-    def entrances(self, device: str) -> list[str]:
-        """Files that take the id of a process that is to enter the groups of a device."""
-        return [str(place.path / device / "cgroup.procs") for place in self._places]
+            group = place.path / device
+            if place.controllers == ("cpu",) and place.version == 1:
+                computing.append(str(group / "tasks"))
+                continue
+            process.append(str(group / "cgroup.procs"))
+            if place.version == 2 and "cpu" in place.controllers:
+                computing.append(str(group / COMPUTING / "cgroup.threads"))
+        return Entrances(tuple(process), tuple(computing))
 
     def memory(self, device: str) -> Memory:
         """The most memory a device ever used, and how many of its processes were killed for using too much."""
@@ -363,8 +386,16 @@ def _below(group: Path) -> Iterator[Path]:
 
 def _pids(group: Path) -> list[int]:
     """The processes in a group and those below it. 0 is one of another namespace of process ids."""
-    found = [folder / "cgroup.procs" for folder in _below(group)]
-    return sorted({int(pid) for file in found if file.exists() for pid in file.read_text().split()})
+    found: set[int] = set()
+    for folder in _below(group):
+        try:
+            found.update(map(int, (folder / "cgroup.procs").read_text().split()))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:  # a group of threads, whose processes are in the one above
+                raise
+    return sorted(found)
 
 
 def _kill(pid: int, group: Path) -> None:

@@ -14,6 +14,7 @@ from harness.errors import OrreryError
 from harness.fleet.channel import Channel, Closed, Message, ready
 from harness.fleet.coordinator import SILENCE_S, Fleet
 from testbeds.emulation import cgroups
+from testbeds.emulation.cgroups import Entrances
 
 #: Libraries must not start threads in the nursery, which forks; and a device computes with one anyway.
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -51,7 +52,7 @@ class Machine:
         self.fleet = Fleet(dict(zip(devices, supervisors, strict=True)))
         self._ranks = {device: rank for rank, device in enumerate(devices)}
         self.pids: list[int] = []
-        self.entrances: dict[str, list[str]] = {}
+        self.entrances: dict[str, Entrances] = {}
         self.has_netem = False
         setup = {"devices": list(devices), "isolated": isolated, "limited": limited, "remove": [*map(str, remove)]}
         with contextlib.suppress(Closed):  # `ready` says so
@@ -66,7 +67,8 @@ class Machine:
         except BaseException:
             self.close()
             raise
-        self.pids, self.entrances, self.has_netem = up["pids"], up["entrances"], up["has_netem"]
+        self.pids, self.has_netem = up["pids"], up["has_netem"]
+        self.entrances = {device: Entrances(*map(tuple, files)) for device, files in up["entrances"].items()}
 
     @property
     def broken(self) -> bool:

@@ -20,6 +20,7 @@ from harness.errors import OrreryError
 from harness.fleet.channel import Channel, Closed, Message, ready
 from harness.fleet.processes import adopt_orphans, die_with_parent
 from testbeds.emulation import cgroups, leftovers, namespaces, shaping
+from testbeds.emulation.cgroups import Entrances
 
 #: What workers need, in the order in which it is imported.
 PRELOADED = ("torch", "transformers", "harness.fleet.job")
@@ -80,7 +81,7 @@ def _serve(control: Channel, device_descriptors: Sequence[int], setup: Message, 
             namespaces.plug(rank, pids[-1])
     for descriptor in device_descriptors:
         os.close(descriptor)
-    entrances = {device: groups.entrances(device) if groups else [] for device in devices}
+    entrances = {device: groups.entrances(device) if groups else Entrances() for device in devices}
     control.send({"pids": pids, "entrances": entrances, "has_netem": isolated and shaping.has_netem()})
     while True:
         control.send(_obey(control.receive(), pids, groups))

@@ -11,8 +11,10 @@ LEAST_QUOTA_US = 2_000
 #: A short period makes a slow device, a long one a fast device that pauses.
 LEAST_PERIOD_US, MOST_PERIOD_US = 5_000, 100_000
 
+Quota = tuple[int, int] | None
 
-def quota_for(share: float) -> tuple[int, int] | None:
+
+def quota_for(share: float) -> Quota:
     """`(quota_us, period_us)` for a share of one core, which may exceed 1. None from all cores on: no quota.
 
     The shortest period that gives a quota of 2 ms, of at least 5 ms.

@@ -18,26 +18,39 @@ MOST_DILATION = 50.0
 #: What TCP gets of a shaped link's nominal rate, Ethernet's and its own headers included: measured, and checked
 #: before every campaign.
 TCP_SHARE = 0.956
-#: What a socket takes before its link has carried it. Small, so that a send ends when it nearly has.
-SEND_BUFFER_BYTES = 64 * 1024
+#: What a socket takes before its link has carried it. Small, so that a send ends when it nearly has; but a sender that
+#: waits for its share of a core must not leave the link idle meanwhile.
+LEAST_SEND_BUFFER_BYTES, SEND_BUFFER_S = 64 * 1024, 0.02
 
 
 @dataclass(frozen=True)
 class Setting:
     """Per device: share of one core, nominal Mbit/s of its link, memory limit in bytes (None: no limit).
 
-    `latency_s` and the rates are the testbed's, dilated: every second of the testbed takes `dilation` here.
+    A core is one of `core_flops_per_s`, as it was when this machine's unit times were measured: today's may be faster
+    or slower. `latency_s` and the rates are the testbed's, dilated: a second of the testbed takes `dilation` here.
     """
 
     dilation: float
     shares: Mapping[str, float]
+    core_flops_per_s: float
     mbit_per_s: Mapping[str, float]
     memory_bytes: Mapping[str, int | None]
     latency_s: float
 
+    @property
+    def flops_per_s(self) -> dict[str, float]:
+        """At which each device computes."""
+        return {device: share * self.core_flops_per_s for device, share in self.shares.items()}
 
-def decide(cluster: Cluster, own_memory: frozenset[str], speeds: Mapping[str, float]) -> Setting:
-    """The setting for devices that are `speeds` times as fast as one core of this machine.
+    def send_buffer_bytes(self, device: str) -> int:
+        return max(LEAST_SEND_BUFFER_BYTES, int(self.mbit_per_s[device] * 1e6 / 8 * SEND_BUFFER_S))
+
+
+def decide(
+    cluster: Cluster, own_memory: frozenset[str], speeds: Mapping[str, float], core_flops_per_s: float
+) -> Setting:
+    """The setting for devices that are `speeds` times as fast as one core of this machine, of `core_flops_per_s`.
 
     When together they are faster than the machine, time is dilated. Raises OrreryError where that is too much.
     """
@@ -53,6 +66,7 @@ def decide(cluster: Cluster, own_memory: frozenset[str], speeds: Mapping[str, fl
     return Setting(
         dilation=dilation,
         shares={device: speed / dilation for device, speed in speeds.items()},
+        core_flops_per_s=core_flops_per_s,
         mbit_per_s={d: rate * 8 / 1e6 / TCP_SHARE / dilation for d, rate in cluster.bandwidth.items()},
         memory_bytes={d.name: d.memory_bytes if d.name in own_memory else None for d in cluster.devices},
         latency_s=cluster.latency_s * dilation,

@@ -29,8 +29,8 @@ def test_simulated_time_is_that_of_the_real_run(workload):
     for _ in range(ROUNDS):
         layered = models.build(workload)
         optimizer = optimizer_for(workload, list(layered.root.parameters()))
-        seconds = measure_units(layered, optimizer, lambda rows: dataset.batch(range(rows)), [16], repeats=5)
-        costs = dataclasses.replace(counted, measured={LOCAL: seconds})
+        timed = measure_units(layered, optimizer, lambda rows: dataset.batch(range(rows)), [16], repeats=5)
+        costs = dataclasses.replace(counted, measured={LOCAL: timed.seconds})
         plan = standalone.plan(workload, costs, cluster, {"micro_batch_size": 16})
         real = engine.execute(plan, workload, models.build(workload), dataset).trace
         simulated = simulate(plan, costs, cluster)

@@ -77,7 +77,7 @@ def crew(machine: Machine, folder: Path, isolated: bool) -> Iterator[Crew]:
         for number, (pid, entrances) in enumerate(zip(machine.pids, machine.entrances.values(), strict=True)):
             enter = ["nsenter", f"--net=/proc/{pid}/ns/net"] if isolated else []
             module = [sys.executable, "-m", "tests.opponents.rank"]
-            arguments = [str(number), str(len(machine.pids)), address, str(folder), *entrances]
+            arguments = [str(number), str(len(machine.pids)), address, str(folder), json.dumps(entrances)]
             ranks.append(
                 subprocess.Popen(
                     [*enter, *module, *arguments],

@@ -27,11 +27,13 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.nn.parallel import DistributedDataParallel
 
 from harness import datasets, models, samples
-from harness.fleet.processes import die_with_parent
+from harness.fleet.processes import die_with_parent, enter
+from harness.heap import keep_freed_memory
 from harness.models.layered import Layered
 from harness.optimizers import optimizer_for
 from harness.samples import Dataset
 from harness.workload import Workload
+from testbeds.emulation.cgroups import Entrances
 
 PORT = 29_500
 SECONDS = 120
@@ -57,10 +59,10 @@ class Task:
 Iteration = Callable[[int], object]
 
 
-def main(rank: int, num_ranks: int, address: str, folder: Path, entrances: Sequence[str]) -> None:
+def main(rank: int, num_ranks: int, address: str, folder: Path, entrances: Entrances) -> None:
     die_with_parent(os.getppid())
-    for entrance in entrances:
-        Path(entrance).write_text(str(os.getpid()))
+    enter(entrances.process)
+    keep_freed_memory()
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -69,6 +71,7 @@ def main(rank: int, num_ranks: int, address: str, folder: Path, entrances: Seque
         world_size=num_ranks,
         timeout=timedelta(seconds=SECONDS),
     )
+    enter(entrances.computing)
     print(json.dumps("ready"), flush=True)
     built: dict[str, Iteration] = {}
     for line in sys.stdin:
@@ -225,4 +228,4 @@ def batches_of(workload: Workload) -> list[list[int]]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), sys.argv[5:])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), Entrances(*json.loads(sys.argv[5])))

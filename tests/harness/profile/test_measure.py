@@ -43,7 +43,7 @@ def test_units_add_up_to_a_plain_iteration(model: str) -> None:
     ratios = []
     for _ in range(11):
         plain = [iteration(layered, values, rows) for _ in range(4)]
-        seconds = measure_units(layered, None, lambda _: values, [rows], repeats=5)
+        seconds, _ = measure_units(layered, None, lambda _: values, [rows], repeats=5)
         plain += [iteration(layered, values, rows) for _ in range(4)]
         units = sum(unit[0][1] for direction in DIRECTIONS for unit in seconds[direction])
         ratios.append(units / median(plain))
@@ -55,8 +55,9 @@ def test_measured_costs_time_a_device(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     load = workload("t5-tiny")
     counted = count_units(build(load, "meta"), load, key="content")
-    costs = measured(load, counted, lambda rows: batch(load, rows), [4, 1, 2], repeats=2)
-    assert replace(costs, measured={}) == counted
+    costs = measured(load, counted, lambda rows: batch(load, rows), [4, 1, 2], repeats=2, least_s=0)
+    assert replace(costs, measured={}, core_flops_per_s={}) == counted
+    assert costs.core_flops_per_s[LOCAL] > 1e8
     units, whole = [*costs.units, *costs.local_units], (0, len(costs.units))
     for direction in DIRECTIONS:
         table = costs.measured[LOCAL][direction]
@@ -70,7 +71,7 @@ def test_measured_costs_time_a_device(tmp_path: Path, monkeypatch: pytest.Monkey
     for unit, points in zip(units, costs.measured[LOCAL][BACKWARD], strict=True):
         trains = any(costs.tensors[name].needs_grad for name in unit.writes)
         assert all((seconds > 0) == trains for _, seconds in points), unit.name
-    again = measured(load, counted, lambda rows: pytest.fail("measured twice"), [4, 1, 2], repeats=2)
+    again = measured(load, counted, lambda rows: pytest.fail("measured twice"), [4, 1, 2], repeats=2, least_s=0)
     assert again == costs
 
 
@@ -87,7 +88,7 @@ def test_dropout_is_timed_as_the_engine_draws_it() -> None:
 
 def test_inference_has_no_backward_time() -> None:
     load = workload("gpt2-tiny", technique="inference")
-    seconds = measure_units(build(load), None, lambda rows: batch(load, rows), [2], repeats=1)
+    seconds, _ = measure_units(build(load), None, lambda rows: batch(load, rows), [2], repeats=1)
     assert all(points == ((2, 0.0),) for points in seconds[BACKWARD])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -19,9 +20,9 @@ from tests.testbeds.emulation.yard import ROOT
 #: Moves itself into the groups of a device, as a worker does, then computes or fills memory.
 WORKER = """
 import json, pathlib, sys, time
-folders, task, amount = json.loads(sys.argv[1]), sys.argv[2], float(sys.argv[3])
-for folder in folders:
-    pathlib.Path(folder, "cgroup.procs").write_text("0")
+files, task, amount = json.loads(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+for file in files:
+    pathlib.Path(file).write_text("0")
 if task == "fill":
     filled = bytearray(int(amount))
 elif task == "sleep":
@@ -51,8 +52,8 @@ def groups() -> Iterator[Groups]:
 
 
 def worker(groups: Groups, device: str, task: str, amount: float) -> subprocess.Popen[str]:
-    folders = "[" + ", ".join(f'"{folder}"' for folder in folders_of(groups.name, device)) + "]"
-    command = [sys.executable, "-c", WORKER, folders, task, str(amount)]
+    process, computing = groups.entrances(device)
+    command = [sys.executable, "-c", WORKER, json.dumps(process + computing), task, str(amount)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
@@ -74,6 +75,23 @@ def test_a_quota_slows_a_process_down(groups: Groups) -> None:
     assert float(finish(worker(groups, "device0", "compute", 0.5))) < 0.6
     groups.limit_cpu("device0", None)
     groups.limit_cpu("device0", (50_000, 100_000))
+
+
+@needs_limits
+def test_a_quota_is_for_the_thread_that_computes(groups: Groups) -> None:
+    """Those that were there before, and wait for the network, stay outside."""
+    program = (
+        "import json, pathlib, sys, threading, time\n"
+        "other = threading.Thread(target=time.sleep, args=(0.5,)); other.start()\n"
+        "for file in json.loads(sys.argv[1]): pathlib.Path(file).write_text('0')\n"
+        "tasks = pathlib.Path('/proc/self/task')\n"
+        "print(json.dumps([(tasks / str(t.native_id) / 'cgroup').read_text() for t in threading.enumerate()]))"
+    )
+    process, computing = groups.entrances("device0")
+    command = [sys.executable, "-c", program, json.dumps(process + computing)]
+    main, other = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=20).stdout)
+    in_main, in_other = main.count(groups.name), other.count(groups.name)
+    assert in_main == len(folders_of(groups.name)) and (in_other < in_main or len(computing) == 0)
 
 
 @needs_limits
@@ -114,7 +132,8 @@ def test_only_groups_of_dead_owners_are_cleaned(groups: Groups) -> None:
     program = (
         "import subprocess, sys, time\n"
         "from testbeds.emulation.cgroups import Groups\n"
-        "groups = Groups(); groups.add('device0'); groups.enter('device0')\n"
+        "from harness.fleet.processes import enter\n"
+        "groups = Groups(); groups.add('device0'); enter(sum(groups.entrances('device0'), ()))\n"
         "orphan = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(30)'])\n"
         "print(groups.name, orphan.pid, flush=True); time.sleep(30)"
     )
@@ -174,16 +193,19 @@ def test_version_2_writes_what_the_kernel_reads(tmp_path: Path) -> None:
     (device / "memory.swap.max").write_text("max")
     groups.limit_cpu("nano-0", (2_000, 5_000))
     groups.limit_memory("nano-0", 2**30)
-    groups.enter("nano-0", 42)
-    written = {path.name: path.read_text() for path in device.iterdir()}
-    assert written == {
-        "cpu.max": "2000 5000",
+    computing = device / cgroups.COMPUTING
+    assert groups.entrances("nano-0") == ((str(device / "cgroup.procs"),), (str(computing / "cgroup.threads"),))
+    assert {path.name: path.read_text() for path in device.iterdir() if path.is_file()} == {
+        "cgroup.subtree_control": "+cpu",
         "memory.max": str(2**30),
         "memory.swap.max": "0",
-        "cgroup.procs": "42",
+    }
+    assert {path.name: path.read_text() for path in computing.iterdir()} == {
+        "cgroup.type": "threaded",
+        "cpu.max": "2000 5000",
     }
     groups.limit_cpu("nano-0", None)
-    assert (device / "cpu.max").read_text() == "max"
+    assert (computing / "cpu.max").read_text() == "max"
     (device / "memory.events").write_text("low 0\nhigh 0\nmax 7\noom 1\noom_kill 3\noom_group_kill 0\n")
     assert groups.memory("nano-0") == cgroups.Memory(None, 3)
     (device / "memory.peak").write_text("123456\n")
