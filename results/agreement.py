@@ -60,10 +60,13 @@ class Pair:
 
     @property
     def shares(self) -> tuple[float, float]:
-        """Of the emulated run: in which the busiest device computes, and in which the busiest network queue works."""
-        r = self.emulated
-        assert r.total_time_s is not None
-        return (r.compute_time_s or 0.0) / r.total_time_s, (r.comm_time_s or 0.0) / r.total_time_s
+        """Of the emulated run: in which the busiest device computes, and in which the busiest link must be busy.
+
+        The link's from its bytes, which are the same in both modes: a sender sees but its socket's buffer fill.
+        """
+        total = self.emulated.total_time_s
+        assert total is not None
+        return (self.emulated.compute_time_s or 0.0) / total, (self.simulated.comm_time_s or 0.0) / total
 
 
 def _per_iteration(record: Record, seconds: float | None) -> float:
@@ -144,8 +147,8 @@ def cells(found: Sequence[Pair]) -> Table:
         "Seconds are of one iteration. Error: simulated / emulated - 1.",
         "Compute, then communicate: the closed form that adds the simulator's computing of the busiest device and "
         "traffic of the busiest network queue, as if nothing overlapped and nobody waited.",
-        "Computing, network: share of the emulated run in which the busiest device computes, and the busiest network "
-        "queue works.",
+        "Computing, network: share of the emulated run in which the busiest device computes, and in which the busiest "
+        "link must be busy, from its bytes and its rate.",
     ]
     if "max_rel_error" in frame:
         notes.append("max_rel_error: of what the emulated run trained, from the same training on one device.")
@@ -234,27 +237,32 @@ def measured(found: Sequence[Pair]) -> Iterator[Table]:
 
 
 def _of_itself(testbed: str, measurements: Sequence[dict[str, object]]) -> Table:
-    rows = []
-    for number, about in enumerate(measurements, 1):
+    by_device: dict[str, list[dict[str, float]]] = {}
+    for about in measurements:
         devices = about["devices"]
         assert isinstance(devices, dict)
         for name, device in devices.items():
-            rows.append(
-                {
-                    "device": name,
-                    "measurement": number,
-                    "share of a core asked": device["cpu_share"],
-                    "share measured": device["measured_cpu_share"],
-                    "link set to, Mbit/s": device["nominal_mbit_per_s"],
-                    "TCP measured, Mbit/s": device["measured_mbit_per_s"],
-                }
-            )
+            by_device.setdefault(name, []).append(device)
+    rows = []
+    for name, found in by_device.items():
+        shares = [device["measured_cpu_share"] for device in found]
+        rows.append(
+            {
+                "device": name,
+                "share of a core asked": found[0]["cpu_share"],
+                "share measured": median(shares),
+                "least": min(shares),
+                "most": max(shares),
+                "link set to, Mbit/s": median(device["nominal_mbit_per_s"] for device in found),
+                "TCP measured, Mbit/s": median(device["measured_mbit_per_s"] for device in found),
+            }
+        )
     frame = pd.DataFrame(rows)
-    numbers = [column for column in frame.columns if column not in ("device", "measurement")]
+    notes = [
+        f"Medians of {len(measurements)} measurements, each of all devices at once. A core is one as it was when the "
+        "units of the workload were measured. TCP gets less than its link is set to: headers take their part.",
+    ]
+    formats = dict.fromkeys(frame.columns.drop("device"), significant)
     return Table(
-        f"{testbed}-measured",
-        f"What {testbed} measured of itself before its runs",
-        frame if len(measurements) > 1 else frame.drop(columns="measurement"),
-        {**dict.fromkeys(numbers, significant), "measurement": "{:.0f}".format},
-        notes=("TCP gets less than its link is set to: headers take their part. All devices are measured at once.",),
+        f"{testbed}-measured", f"What {testbed} measured of itself before its runs", frame, formats, notes=tuple(notes)
     )

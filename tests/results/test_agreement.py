@@ -169,10 +169,15 @@ def test_out_of_memory_in_both_modes_agrees(real: Record) -> None:
 def test_what_a_testbed_measured_of_itself(real: Record) -> None:
     first, second = answers(real, 1.0, 1.0), answers(real, 1.0, 1.0, method="gpipe")
     (table,) = agreement.measured(pairs(*first, *second))
-    assert table.cells() == [["device0", "0.35", "0.34", "52.3", "49"], ["device1", "0.35", "0.35", "52.3", "50"]]
-    again = second[0].model_copy(update={"emulation": {**ABOUT, "message_s": 1e-4}})
+    assert table.cells() == [
+        ["device0", "0.35", "0.34", "0.34", "0.34", "52.3", "49"],
+        ["device1", "0.35", "0.35", "0.35", "0.35", "52.3", "50"],
+    ]
+    devices = {name: {**device, "measured_cpu_share": 0.4} for name, device in ABOUT["devices"].items()}
+    again = second[0].model_copy(update={"emulation": {**ABOUT, "devices": devices}})
     (table,) = agreement.measured(pairs(*first, again, second[1]))
-    assert table.frame["measurement"].tolist() == [1, 1, 2, 2]
+    assert table.cells()[0] == ["device0", "0.35", "0.37", "0.34", "0.4", "52.3", "49"]
+    assert table.notes[0].startswith("Medians of 2 measurements")
     unshaped = first[0].model_copy(update={"emulation": {"shaped": False}})
     assert list(agreement.measured(pairs(unshaped, first[1]))) == []
 
