@@ -52,7 +52,9 @@ app = typer.Typer(
 Method = Annotated[str | None, typer.Option("--method", help="name of a method, or path of a Python file")]
 PlanFile = Annotated[str | None, typer.Option("--plan", help="a saved or hand-written plan instead of a method")]
 Model = Annotated[str | None, typer.Option("--model")]
-Technique = Annotated[str | None, typer.Option("--technique", help="full (default) or inference")]
+Technique = Annotated[
+    str | None, typer.Option("--technique", help="full (default), lora, adapters, parallel-adapters, or inference")
+]
 Dataset = Annotated[str | None, typer.Option("--dataset", help="default: mrpc for text, digits for images")]
 NumSamples = Annotated[int | None, typer.Option("--num-samples", help="default: the data set's training split")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="default: 16")]

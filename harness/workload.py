@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from harness.errors import OrreryError, unknown_name
 
-TECHNIQUES = ("full", "inference")
+TECHNIQUES = ("full", "lora", "adapters", "parallel-adapters", "inference")
 OPTIMIZERS = ("sgd", "sgd-momentum", "adamw")
 #: Optimizer state, in copies of the trainable weights.
 OPTIMIZER_STATE_COPIES = {"sgd": 0, "sgd-momentum": 1, "adamw": 2}

@@ -80,10 +80,13 @@ def build(workload: Workload, device: str = "cpu") -> Layered:
         raise unknown_name("attention implementation", workload.attn_implementation, ATTENTION_IMPLEMENTATIONS)
     import torch
 
+    from harness.models.techniques import choose_trained
+
     family = importlib.import_module(module_of(workload.model))
     with torch.random.fork_rng(devices=[]), torch.device("meta" if device == "meta" else "cpu"):
         torch.manual_seed(workload.seed)
         layered: Layered = family.build(model, workload)
     layered.root.to(device=device, dtype=getattr(torch, workload.dtype))
-    layered.root.train(workload.training).requires_grad_(workload.training)
+    layered.root.train(workload.training)
+    choose_trained(layered, workload.technique)
     return layered

@@ -89,5 +89,5 @@ def _split_heads(x: Tensor, head_dim: int) -> Tensor:
 
 
 def _merge_heads(x: Tensor) -> Tensor:
-    """[rows, heads, tokens, head_dim] -> [rows, tokens, heads * head_dim]."""
-    return x.transpose(1, 2).flatten(2)
+    """[rows, heads, tokens, head_dim] -> [rows, tokens, heads * head_dim], contiguous also for heads of one number."""
+    return x.transpose(1, 2).flatten(2).contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TypeAlias
 
@@ -20,27 +21,27 @@ from harness.models import ModelEntry, masks, pretrained
 from harness.models.chain import Chain
 from harness.models.classifier import EncoderDecoderClassifier
 from harness.models.layered import Layered
+from harness.models.side import Side, SideStack, layers
 from harness.workload import Workload
 
 DROPOUTS = ("dropout", "attention_dropout", "activation_dropout")
 NEEDS = {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
+QUERIES_AND_VALUES = ("q_proj", "v_proj")
+WIDTHS = ("d_model", "encoder_ffn_dim", "decoder_ffn_dim")
 
 Layer: TypeAlias = BartEncoderLayer | BartDecoderLayer
 
 
 def build(entry: ModelEntry, workload: Workload) -> Layered:
-    model = pretrained.load(BartModel, entry, workload, DROPOUTS, NEEDS)
+    model = pretrained.load(BartModel, entry, workload, DROPOUTS, NEEDS, QUERIES_AND_VALUES)
     root = EncoderDecoderClassifier(model)
-    chain = Chain(workload)
+    side = _side(entry, workload, model.config.d_model) if workload.technique == "parallel-adapters" else None
+    chain = Chain(workload, side)
 
     chain.layer("encoder.embedding")
     chain.local("mask", "mask", ["attention_mask"], partial(masks.padding, dtype=chain.dtype))
     hidden = _embedding(chain, "input_ids", model, model.encoder)
-    for index, layer in enumerate(model.encoder.layers):
-        chain.layer(f"encoder.{index}")
-        hidden = _self_attention(chain, layer, hidden, "mask")
-        hidden = _mlp(chain, layer, hidden)
-    memory = hidden
+    memories = layers(chain, "encoder", model.encoder.layers, hidden, partial(_encoder_layer, chain), side)
 
     chain.layer("decoder.embedding")
     mask = None
@@ -48,15 +49,34 @@ def build(entry: ModelEntry, workload: Workload) -> Layered:
         mask = "decoder.mask"
         chain.local(mask, "mask", ["decoder_input_ids"], partial(masks.causal, dtype=chain.dtype))
     hidden = _embedding(chain, "decoder_input_ids", model, model.decoder)
-    for index, layer in enumerate(model.decoder.layers):
-        chain.layer(f"decoder.{index}")
-        hidden = _self_attention(chain, layer, hidden, mask)
-        hidden = _cross_attention(chain, layer, hidden, memory)
-        hidden = _mlp(chain, layer, hidden)
+    append = partial(_decoder_layer, chain, memories=memories, mask=mask)
+    hidden, state = layers(chain, "decoder", model.decoder.layers, hidden, append, side, stack=1)
 
     chain.layer("head")
+    if side is not None:
+        hidden = side.leave(chain, state, hidden)
     inputs = ["input_ids", "attention_mask", "decoder_input_ids"]
     return chain.close(root, inputs, [hidden], root.classify, [root.classifier])
+
+
+def _side(entry: ModelEntry, workload: Workload, width: int) -> Side:
+    config = pretrained.side_config(BartModel, entry, workload, DROPOUTS, WIDTHS)
+    encoder = [BartEncoderLayer(config) for _ in range(config.encoder_layers)]
+    decoder = [BartDecoderLayer(config) for _ in range(config.decoder_layers)]
+    return Side(width, SideStack(width, encoder), SideStack(width, decoder))
+
+
+def _encoder_layer(chain: Chain, layer: BartEncoderLayer, hidden: str) -> str:
+    return _mlp(chain, layer, _self_attention(chain, layer, hidden, "mask"))
+
+
+def _decoder_layer(
+    chain: Chain, layer: BartDecoderLayer, hidden: str, memories: Sequence[str], mask: str | None
+) -> str:
+    """`memories`: what the encoder hands to the decoder, and to the side network's."""
+    hidden = _self_attention(chain, layer, hidden, mask)
+    hidden = _cross_attention(chain, layer, hidden, memories[chain.is_aside])
+    return _mlp(chain, layer, hidden)
 
 
 def _embedding(chain: Chain, ids: str, model: BartModel, stack: BartEncoder | BartDecoder) -> str:
@@ -78,6 +98,7 @@ def _self_attention(chain: Chain, layer: Layer, hidden: str, mask: str | None) -
     q, k, v = chain.unit("qkv", "qkv", [hidden], ["q", "k", "v"], qkv, [inner.q_proj, inner.k_proj, inner.v_proj])
     context = _attend(chain, inner, q, k, v, mask, "")
     (x,) = chain.unit("projection", "projection", [context], ["projected"], inner.out_proj)
+    x = chain.adapter(x, "attention", layer.embed_dim)
     return _connective(chain, "attention-connective", layer, layer.self_attn_layer_norm, x, hidden, "attended")
 
 
@@ -116,6 +137,7 @@ def _mlp(chain: Chain, layer: Layer, hidden: str) -> str:
 
     (x,) = chain.unit("mlp-in", "mlp-in", [hidden], ["inner"], mlp_in, [layer.fc1, layer.activation_fn])
     (x,) = chain.unit("mlp-out", "mlp-out", [x], ["outer"], layer.fc2)
+    x = chain.adapter(x, "mlp", layer.embed_dim)
     return _connective(chain, "mlp-connective", layer, layer.final_layer_norm, x, hidden, "hidden")
 
 

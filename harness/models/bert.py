@@ -11,22 +11,26 @@ from transformers.models.bert.modeling_bert import BertLayer
 from harness.models import ModelEntry, masks, pretrained
 from harness.models.chain import Chain
 from harness.models.layered import Layered
+from harness.models.side import Side, SideStack, layers
 from harness.workload import Workload
 
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 NEEDS = {"is_decoder": False, "chunk_size_feed_forward": 0}
+QUERIES_AND_VALUES = ("query", "value")
+WIDTHS = ("hidden_size", "intermediate_size")
 
 
 def build(entry: ModelEntry, workload: Workload) -> Layered:
-    root = pretrained.load(BertForSequenceClassification, entry, workload, DROPOUTS, NEEDS)
-    chain = Chain(workload)
+    root = pretrained.load(BertForSequenceClassification, entry, workload, DROPOUTS, NEEDS, QUERIES_AND_VALUES)
+    side = _side(entry, workload, root.config.hidden_size) if workload.technique == "parallel-adapters" else None
+    chain = Chain(workload, side)
     chain.layer("embedding")
     chain.local("mask", "mask", ["attention_mask"], partial(masks.padding, dtype=chain.dtype))
     (hidden,) = chain.unit("tokens", "embedding", ["input_ids", "token_type_ids"], ["hidden"], root.bert.embeddings)
-    for index, layer in enumerate(root.bert.encoder.layer):
-        chain.layer(f"layer.{index}")
-        hidden = _layer(chain, layer, hidden)
+    hidden, state = layers(chain, "layer", root.bert.encoder.layer, hidden, partial(_layer, chain), side)
     chain.layer("head")
+    if side is not None:
+        hidden = side.leave(chain, state, hidden)
     return chain.close(
         root,
         inputs=["input_ids", "attention_mask", "token_type_ids"],
@@ -34,6 +38,11 @@ def build(entry: ModelEntry, workload: Workload) -> Layered:
         head=lambda hidden: root.classifier(root.dropout(root.bert.pooler(hidden))),
         modules=[root.bert.pooler, root.dropout, root.classifier],
     )
+
+
+def _side(entry: ModelEntry, workload: Workload, width: int) -> Side:
+    config = pretrained.side_config(BertForSequenceClassification, entry, workload, DROPOUTS, WIDTHS)
+    return Side(width, SideStack(width, [BertLayer(config) for _ in range(config.num_hidden_layers)]))
 
 
 def _layer(chain: Chain, layer: BertLayer, hidden: str) -> str:
@@ -60,12 +69,14 @@ def _layer(chain: Chain, layer: BertLayer, hidden: str) -> str:
         mask="mask",
     )
     (x,) = chain.unit("projection", "projection", [context], ["projected"], attended.dense)
+    x = chain.adapter(x, "attention", attended.dense.out_features)
     modules = [attended.dropout, attended.LayerNorm]
     (middle,) = chain.unit(
         "attention-connective", "connective", [x, hidden], ["attended"], attention_connective, modules
     )
     (x,) = chain.unit("mlp-in", "mlp-in", [middle], ["inner"], layer.intermediate)
     (x,) = chain.unit("mlp-out", "mlp-out", [x], ["outer"], outer.dense)
+    x = chain.adapter(x, "mlp", outer.dense.out_features)
     modules = [outer.dropout, outer.LayerNorm]
     (hidden,) = chain.unit("mlp-connective", "connective", [x, middle], ["hidden"], mlp_connective, modules)
     return hidden

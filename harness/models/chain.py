@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from harness.errors import Unsupported
 from harness.models import attention
 from harness.models.layered import Layered, Unit
+from harness.models.techniques import Adapter
 from harness.workload import Workload
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -18,12 +21,16 @@ Function = Callable[..., Tensor | tuple[Tensor, ...]]
 class Chain:
     """Collects units. Unit and tensor names get the current layer's name in front, so that they are unique."""
 
-    def __init__(self, workload: Workload, softmax_dtype: torch.dtype | None = None) -> None:
-        self.workload = workload
+    def __init__(
+        self, workload: Workload, side: nn.Module | None = None, softmax_dtype: torch.dtype | None = None
+    ) -> None:
+        self.workload, self.side = workload, side
+        self.is_aside = False
         self.dtype: torch.dtype = getattr(torch, workload.dtype)
         self.core = attention.core(workload.attn_implementation, softmax_dtype)
         self.units: list[Unit] = []
         self.local_units: list[Unit] = []
+        self.adapters = nn.ModuleDict()
         self.number = -1
         self.name = ""
 
@@ -31,6 +38,13 @@ class Chain:
         """Begin the next layer."""
         self.number += 1
         self.name = name
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is appended meanwhile belongs to the current layer's side network."""
+        name, self.name, self.is_aside = self.name, f"{self.name}.side", True
+        yield
+        self.name, self.is_aside = name, False
 
     def unit(
         self,
@@ -48,6 +62,15 @@ class Chain:
         full = tuple(f"{self.name}.{tensor}" for tensor in writes)
         self.units.append(Unit(f"{self.name}.{name}", self.number, kind, reads, full, function, modules))
         return full
+
+    def adapter(self, x: str, after: str, width: int) -> str:
+        """With the technique "adapters" append an adapter after a sublayer. Returns the name of what comes out."""
+        if self.workload.technique != "adapters":
+            return x
+        module = Adapter(width)
+        self.adapters[f"{self.name}.{after}".replace(".", "-")] = module
+        (x,) = self.unit(f"{after}-adapter", "adapter", [x], [f"{after}-adapted"], module)
+        return x
 
     def attend(
         self,
@@ -86,6 +109,16 @@ class Chain:
         self, root: nn.Module, inputs: Sequence[str], reads: Sequence[str], head: Function, modules: Sequence[nn.Module]
     ) -> Layered:
         """Append the head and, for training, the loss to the current layer; returns the model."""
+        if self.workload.technique == "adapters":
+            if not self.adapters:
+                raise Unsupported(f"adapters follow attention and MLPs, and {self.workload.model} has none")
+            root.add_module("adapters", self.adapters)
+        if self.workload.technique == "parallel-adapters":
+            if self.side is None:
+                raise Unsupported(
+                    f"parallel adapters are made of Transformer layers, and {self.workload.model} has none"
+                )
+            root.add_module("side", self.side)
         self.units.append(Unit("head", self.number, "head", reads, ["logits"], head, modules))
         if self.workload.training:
             loss = _squared_error if self.workload.num_labels == 1 else _cross_entropy

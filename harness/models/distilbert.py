@@ -12,28 +12,37 @@ from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 from harness.models import ModelEntry, masks, pretrained
 from harness.models.chain import Chain
 from harness.models.layered import Layered
+from harness.models.side import Side, SideStack, layers
 from harness.workload import Workload
 
 DROPOUTS = ("dropout", "attention_dropout", "seq_classif_dropout")
 NEEDS = {"chunk_size_feed_forward": 0}
+QUERIES_AND_VALUES = ("q_lin", "v_lin")
+WIDTHS = ("dim", "hidden_dim")
 
 
 def build(entry: ModelEntry, workload: Workload) -> Layered:
-    root = pretrained.load(DistilBertForSequenceClassification, entry, workload, DROPOUTS, NEEDS)
-    chain = Chain(workload)
+    root = pretrained.load(DistilBertForSequenceClassification, entry, workload, DROPOUTS, NEEDS, QUERIES_AND_VALUES)
+    side = _side(entry, workload, root.config.dim) if workload.technique == "parallel-adapters" else None
+    chain = Chain(workload, side)
     chain.layer("embedding")
     chain.local("mask", "mask", ["attention_mask"], partial(masks.padding, dtype=chain.dtype))
     (hidden,) = chain.unit("tokens", "embedding", ["input_ids"], ["hidden"], root.distilbert.embeddings)
-    for index, layer in enumerate(root.distilbert.transformer.layer):
-        chain.layer(f"layer.{index}")
-        hidden = _layer(chain, layer, hidden)
+    hidden, state = layers(chain, "layer", root.distilbert.transformer.layer, hidden, partial(_layer, chain), side)
     chain.layer("head")
+    if side is not None:
+        hidden = side.leave(chain, state, hidden)
 
     def head(hidden: Tensor) -> Tensor:
         return root.classifier(root.dropout(functional.relu(root.pre_classifier(hidden[:, 0]))))
 
     modules = [root.pre_classifier, root.dropout, root.classifier]
     return chain.close(root, ["input_ids", "attention_mask"], [hidden], head, modules)
+
+
+def _side(entry: ModelEntry, workload: Workload, width: int) -> Side:
+    config = pretrained.side_config(DistilBertForSequenceClassification, entry, workload, DROPOUTS, WIDTHS)
+    return Side(width, SideStack(width, [TransformerBlock(config) for _ in range(config.n_layers)]))
 
 
 def _layer(chain: Chain, layer: TransformerBlock, hidden: str) -> str:
@@ -63,11 +72,13 @@ def _layer(chain: Chain, layer: TransformerBlock, hidden: str) -> str:
         mask="mask",
     )
     (x,) = chain.unit("projection", "projection", [context], ["projected"], inner.out_lin)
+    x = chain.adapter(x, "attention", inner.out_lin.out_features)
     (middle,) = chain.unit(
         "attention-connective", "connective", [x, hidden], ["attended"], attention_connective, [layer.sa_layer_norm]
     )
     (x,) = chain.unit("mlp-in", "mlp-in", [middle], ["inner"], mlp_in, [ffn.lin1, ffn.activation])
     (x,) = chain.unit("mlp-out", "mlp-out", [x], ["outer"], ffn.lin2)
+    x = chain.adapter(x, "mlp", ffn.lin2.out_features)
     modules = [ffn.dropout, layer.output_layer_norm]
     (hidden,) = chain.unit("mlp-connective", "connective", [x, middle], ["hidden"], mlp_connective, modules)
     return hidden

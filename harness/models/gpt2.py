@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GPT2ForSequenceClassification
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
@@ -13,16 +13,21 @@ from harness.models import ModelEntry, masks, pretrained
 from harness.models.chain import Chain
 from harness.models.classifier import at_last_token
 from harness.models.layered import Layered
+from harness.models.side import Side, SideStack, layers
 from harness.workload import Workload
 
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 NEEDS = {"add_cross_attention": False, "reorder_and_upcast_attn": False}
+#: One product makes queries, keys and values, so that lora updates the keys, too.
+QUERIES_AND_VALUES = ("c_attn",)
+WIDTHS = ("n_embd", "n_inner")
 
 
 def build(entry: ModelEntry, workload: Workload) -> Layered:
-    root = pretrained.load(GPT2ForSequenceClassification, entry, workload, DROPOUTS, NEEDS)
+    root = pretrained.load(GPT2ForSequenceClassification, entry, workload, DROPOUTS, NEEDS, QUERIES_AND_VALUES)
     model, pad_token_id = root.transformer, root.config.pad_token_id
-    chain = Chain(workload)
+    side = _side(entry, workload, root.config.n_embd) if workload.technique == "parallel-adapters" else None
+    chain = Chain(workload, side)
     chain.layer("embedding")
     chain.local("mask", "mask", ["attention_mask"], partial(masks.padding_and_causal, dtype=chain.dtype))
 
@@ -31,16 +36,22 @@ def build(entry: ModelEntry, workload: Workload) -> Layered:
         return model.drop(model.wte(input_ids) + model.wpe(position))
 
     (hidden,) = chain.unit("tokens", "embedding", ["input_ids"], ["hidden"], embed, [model.wte, model.wpe, model.drop])
-    for index, layer in enumerate(model.h):
-        chain.layer(f"layer.{index}")
-        hidden = _layer(chain, layer, hidden)
+    hidden, state = layers(chain, "layer", model.h, hidden, partial(_layer, chain), side)
     chain.layer("head")
     (normed,) = chain.unit("norm", "connective", [hidden], ["normed"], model.ln_f)
+    if side is not None:
+        normed = side.leave(chain, state, normed)
 
     def head(hidden: Tensor, input_ids: Tensor) -> Tensor:
         return at_last_token(root.score(hidden), input_ids, pad_token_id)
 
     return chain.close(root, ["input_ids", "attention_mask"], [normed, "input_ids"], head, [root.score])
+
+
+def _side(entry: ModelEntry, workload: Workload, width: int) -> Side:
+    config = pretrained.side_config(GPT2ForSequenceClassification, entry, workload, DROPOUTS, WIDTHS)
+    norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+    return Side(width, SideStack(width, [GPT2Block(config) for _ in range(config.n_layer)], norm))
 
 
 def _layer(chain: Chain, layer: GPT2Block, hidden: str) -> str:
@@ -72,11 +83,13 @@ def _layer(chain: Chain, layer: GPT2Block, hidden: str) -> str:
         mask="mask",
     )
     (x,) = chain.unit("projection", "projection", [context], ["projected"], inner.c_proj)
+    x = chain.adapter(x, "attention", inner.embed_dim)
     modules = [inner.resid_dropout, layer.ln_2]
     middle, x = chain.unit(
         "attention-connective", "connective", [x, hidden], ["attended", "mlp-in"], attention_connective, modules
     )
     (x,) = chain.unit("mlp-in", "mlp-in", [x], ["inner"], mlp_in, [mlp.c_fc, mlp.act])
     (x,) = chain.unit("mlp-out", "mlp-out", [x], ["outer"], mlp.c_proj)
+    x = chain.adapter(x, "mlp", inner.embed_dim)
     (hidden,) = chain.unit("mlp-connective", "connective", [x, middle], ["hidden"], mlp_connective, [mlp.dropout])
     return hidden

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import OPTForSequenceClassification
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
@@ -14,16 +14,20 @@ from harness.models import ModelEntry, masks, pretrained
 from harness.models.chain import Chain
 from harness.models.classifier import at_last_token
 from harness.models.layered import Layered
+from harness.models.side import Side, SideStack, layers
 from harness.workload import Workload
 
 DROPOUTS = ("dropout", "attention_dropout")
 NEEDS = {"do_layer_norm_before": True, "_remove_final_layer_norm": False, "layerdrop": 0.0}
+QUERIES_AND_VALUES = ("q_proj", "v_proj")
+WIDTHS = ("hidden_size", "ffn_dim")
 
 
 def build(entry: ModelEntry, workload: Workload) -> Layered:
-    root = pretrained.load(OPTForSequenceClassification, entry, workload, DROPOUTS, NEEDS)
+    root = pretrained.load(OPTForSequenceClassification, entry, workload, DROPOUTS, NEEDS, QUERIES_AND_VALUES)
     model, pad_token_id = root.model.decoder, root.config.pad_token_id
-    chain = Chain(workload, softmax_dtype=torch.float32)
+    side = _side(entry, workload, root.config.hidden_size) if workload.technique == "parallel-adapters" else None
+    chain = Chain(workload, side, softmax_dtype=torch.float32)
     chain.layer("embedding")
     chain.local("mask", "mask", ["attention_mask"], partial(masks.padding_and_causal, dtype=chain.dtype))
 
@@ -39,16 +43,22 @@ def build(entry: ModelEntry, workload: Workload) -> Layered:
         embed,
         [model.embed_tokens, model.embed_positions],
     )
-    for index, layer in enumerate(model.layers):
-        chain.layer(f"layer.{index}")
-        hidden = _layer(chain, layer, hidden)
+    hidden, state = layers(chain, "layer", model.layers, hidden, partial(_layer, chain), side)
     chain.layer("head")
     (normed,) = chain.unit("norm", "connective", [hidden], ["normed"], model.final_layer_norm)
+    if side is not None:
+        normed = side.leave(chain, state, normed)
 
     def head(hidden: Tensor, input_ids: Tensor) -> Tensor:
         return at_last_token(root.score(hidden), input_ids, pad_token_id)
 
     return chain.close(root, ["input_ids", "attention_mask"], [normed, "input_ids"], head, [root.score])
+
+
+def _side(entry: ModelEntry, workload: Workload, width: int) -> Side:
+    config = pretrained.side_config(OPTForSequenceClassification, entry, workload, DROPOUTS, WIDTHS)
+    norm = nn.LayerNorm(config.hidden_size)
+    return Side(width, SideStack(width, [OPTDecoderLayer(config) for _ in range(config.num_hidden_layers)], norm))
 
 
 def _layer(chain: Chain, layer: OPTDecoderLayer, hidden: str) -> str:
@@ -75,6 +85,7 @@ def _layer(chain: Chain, layer: OPTDecoderLayer, hidden: str) -> str:
     q, k, v = chain.unit("qkv", "qkv", [x], ["q", "k", "v"], qkv, [inner.q_proj, inner.k_proj, inner.v_proj])
     context = chain.attend(q, k, v, inner, head_dim=inner.head_dim, scaling=1.0, dropout=inner.dropout, mask="mask")
     (x,) = chain.unit("projection", "projection", [context], ["projected"], inner.out_proj)
+    x = chain.adapter(x, "attention", layer.embed_dim)
     middle, x = chain.unit(
         "attention-connective",
         "connective",
@@ -85,5 +96,6 @@ def _layer(chain: Chain, layer: OPTDecoderLayer, hidden: str) -> str:
     )
     (x,) = chain.unit("mlp-in", "mlp-in", [x], ["inner"], mlp_in, [layer.fc1, layer.activation_fn])
     (x,) = chain.unit("mlp-out", "mlp-out", [x], ["outer"], layer.fc2)
+    x = chain.adapter(x, "mlp", layer.embed_dim)
     (hidden,) = chain.unit("mlp-connective", "connective", [x, middle], ["hidden"], mlp_connective, [])
     return hidden

@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from harness.errors import OrreryError
+from harness.models.side import narrow
+from harness.models.techniques import add_lora
 from harness.workload import Workload
 
 if TYPE_CHECKING:
@@ -25,14 +27,29 @@ def load(
     workload: Workload,
     dropouts: Sequence[str],
     needs: Mapping[str, Any] | None = None,
+    queries_and_values: Sequence[str] = (),
 ) -> Model:
     """The model, on the current default device; on "meta" a checkpoint gives its shape only.
 
     `dropouts` names the config's dropout probabilities, which `workload.dropout` replaces. `needs` are the config
-    values that the family's cut is written for: another checkpoint is refused. Raises `OrreryError`.
+    values that the family's cut is written for: another checkpoint is refused. `queries_and_values` are the names of
+    the modules that the technique lora updates. Raises `OrreryError`.
     """
-    config = _config(model_class.config_class, entry, workload)
-    for key, value in (needs or {}).items():
+    model = _load(model_class, entry, workload, dropouts, needs or {})
+    if workload.technique == "lora":
+        add_lora(model, queries_and_values, workload)
+    return model
+
+
+def _load(
+    model_class: type[Model],
+    entry: ModelEntry,
+    workload: Workload,
+    dropouts: Sequence[str],
+    needs: Mapping[str, Any],
+) -> Model:
+    config = _config(model_class.config_class, entry, workload, dropouts)
+    for key, value in needs.items():
         if getattr(config, key) != value:
             raise OrreryError(
                 f"The checkpoint {workload.checkpoint!r} has {key} = {getattr(config, key)!r}; models of the family "
@@ -40,9 +57,9 @@ def load(
             )
     if hasattr(config, "vocab_size"):
         _check_tokens(config, entry, workload)
-    if workload.dropout is not None:
+    if workload.technique == "parallel-adapters":
         for key in dropouts:
-            setattr(config, key, workload.dropout)
+            setattr(config, key, 0.0)
     if workload.checkpoint is None or torch.get_default_device().type == "meta":
         return model_class(config)
     try:
@@ -61,7 +78,28 @@ def _is_backbone(model: PreTrainedModel, key: str) -> bool:
     return in_base and ".pooler." not in key
 
 
-def _config(config_class: type[PreTrainedConfig], entry: ModelEntry, workload: Workload) -> PreTrainedConfig:
+def side_config(
+    model_class: type[PreTrainedModel],
+    entry: ModelEntry,
+    workload: Workload,
+    dropouts: Sequence[str],
+    widths: Sequence[str],
+) -> PreTrainedConfig:
+    """That of the layers of parallel adapters: the model's, all `widths` narrower."""
+    return narrow(_config(model_class.config_class, entry, workload, dropouts), widths)
+
+
+def _config(
+    config_class: type[PreTrainedConfig], entry: ModelEntry, workload: Workload, dropouts: Sequence[str]
+) -> PreTrainedConfig:
+    config = _stored_config(config_class, entry, workload)
+    if workload.dropout is not None:
+        for key in dropouts:
+            setattr(config, key, workload.dropout)
+    return config
+
+
+def _stored_config(config_class: type[PreTrainedConfig], entry: ModelEntry, workload: Workload) -> PreTrainedConfig:
     options = {"num_labels": workload.num_labels, "attn_implementation": workload.attn_implementation}
     if workload.checkpoint is None:
         return config_class(**entry.config, **options)

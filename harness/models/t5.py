@@ -5,12 +5,15 @@ Each stack has one table of relative position biases, which all of its layers us
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from functools import partial
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import T5Model
 from transformers.models.t5.modeling_t5 import (
     T5Attention,
+    T5Block,
     T5LayerCrossAttention,
     T5LayerFF,
     T5LayerNorm,
@@ -22,25 +25,29 @@ from harness.models import ModelEntry, masks, pretrained
 from harness.models.chain import Chain
 from harness.models.classifier import EncoderDecoderClassifier
 from harness.models.layered import Layered
+from harness.models.side import Side, SideStack, layers
 from harness.workload import Workload
 
 DROPOUTS = ("dropout_rate",)
 NEEDS = {"is_gated_act": False}
+QUERIES_AND_VALUES = ("q", "v")
+WIDTHS = ("d_model", "d_kv", "d_ff")
 
 
 def build(entry: ModelEntry, workload: Workload) -> Layered:
-    model = pretrained.load(T5Model, entry, workload, DROPOUTS, NEEDS)
+    model = pretrained.load(T5Model, entry, workload, DROPOUTS, NEEDS, QUERIES_AND_VALUES)
     root = EncoderDecoderClassifier(model)
-    chain = Chain(workload)
+    side = _side(entry, workload, model.config.d_model) if workload.technique == "parallel-adapters" else None
+    chain = Chain(workload, side)
 
     chain.layer("encoder.embedding")
     chain.local("mask", "mask", ["attention_mask"], partial(masks.padding, dtype=chain.dtype))
     hidden = _embedding(chain, "encoder", "input_ids", model, model.encoder)
-    for index, block in enumerate(model.encoder.block):
-        chain.layer(f"encoder.{index}")
-        residual, x = _self_attention(chain, block.layer[0], block.layer[1].layer_norm, hidden, "mask", "encoder.bias")
-        hidden = _mlp(chain, block.layer[1], residual, x)
-    memory = _final_norm(chain, model.encoder, hidden)
+    hidden, state = layers(chain, "encoder", model.encoder.block, hidden, partial(_encoder_layer, chain), side)
+    memories = [_final_norm(chain, model.encoder, hidden)]
+    if side is not None:
+        _bias(chain, "encoder.side", "input_ids", side.stack(0).layers)
+        memories.append(side.end(chain, 0, state))
 
     chain.layer("decoder.embedding")
     mask = None
@@ -48,29 +55,63 @@ def build(entry: ModelEntry, workload: Workload) -> Layered:
         mask = "decoder.mask"
         chain.local(mask, "mask", ["decoder_input_ids"], partial(masks.causal, dtype=chain.dtype))
     hidden = _embedding(chain, "decoder", "decoder_input_ids", model, model.decoder)
-    for index, block in enumerate(model.decoder.block):
-        chain.layer(f"decoder.{index}")
-        residual, x = _self_attention(chain, block.layer[0], block.layer[1].layer_norm, hidden, mask, "decoder.bias")
-        residual, x = _cross_attention(chain, block.layer[1], block.layer[2].layer_norm, residual, x, memory)
-        hidden = _mlp(chain, block.layer[2], residual, x)
+    append = partial(_decoder_layer, chain, memories=memories, mask=mask)
+    hidden, state = layers(chain, "decoder", model.decoder.block, hidden, append, side, stack=1)
 
     chain.layer("head")
-    normed = _final_norm(chain, model.decoder, hidden)
+    final = _final_norm(chain, model.decoder, hidden)
+    if side is not None:
+        _bias(chain, "decoder.side", "decoder_input_ids", side.stack(1).layers)
+        final = side.leave(chain, state, final)
     inputs = ["input_ids", "attention_mask", "decoder_input_ids"]
-    return chain.close(root, inputs, [normed], root.classify, [root.classifier])
+    return chain.close(root, inputs, [final], root.classify, [root.classifier])
 
 
-def _embedding(chain: Chain, stack_name: str, ids: str, model: T5Model, stack: T5Stack) -> str:
-    attention: T5Attention = stack.block[0].layer[0].SelfAttention
+def _side(entry: ModelEntry, workload: Workload, width: int) -> Side:
+    config = pretrained.side_config(T5Model, entry, workload, DROPOUTS, WIDTHS)
+    stacks = []
+    for is_decoder, num_layers in ((False, config.num_layers), (True, config.num_decoder_layers)):
+        config = copy.deepcopy(config)
+        config.is_decoder = is_decoder
+        blocks = [T5Block(config, has_relative_attention_bias=index == 0) for index in range(num_layers)]
+        norm = T5LayerNorm(config.d_model, config.layer_norm_epsilon)
+        stacks.append(SideStack(width, blocks, nn.Sequential(norm, nn.Dropout(config.dropout_rate))))
+    return Side(width, *stacks)
+
+
+def _bias(chain: Chain, stack: str, ids: str, blocks: nn.ModuleList) -> None:
+    """The local unit of a stack's position bias, which its first layer holds."""
+    (first, *_) = blocks
+    attention: T5Attention = first.get_submodule("layer.0.SelfAttention")
 
     def bias(ids: Tensor) -> Tensor:
         """[1, heads, tokens, tokens], the same for every row."""
         return attention.compute_bias(ids.shape[1], ids.shape[1])
 
+    chain.local(f"{stack}.bias", "bias", [ids], bias, [attention.relative_attention_bias])
+
+
+def _encoder_layer(chain: Chain, block: T5Block, hidden: str) -> str:
+    attention, mlp = block.layer
+    bias = "encoder.side.bias" if chain.is_aside else "encoder.bias"
+    residual, x = _self_attention(chain, attention, mlp.layer_norm, hidden, "mask", bias)
+    return _mlp(chain, mlp, residual, x)
+
+
+def _decoder_layer(chain: Chain, block: T5Block, hidden: str, memories: Sequence[str], mask: str | None) -> str:
+    """`memories`: what the encoder hands to the decoder, and to the side network's."""
+    attention, cross, mlp = block.layer
+    bias = "decoder.side.bias" if chain.is_aside else "decoder.bias"
+    residual, x = _self_attention(chain, attention, cross.layer_norm, hidden, mask, bias)
+    residual, x = _cross_attention(chain, cross, mlp.layer_norm, residual, x, memories[chain.is_aside])
+    return _mlp(chain, mlp, residual, x)
+
+
+def _embedding(chain: Chain, name: str, ids: str, model: T5Model, stack: T5Stack) -> str:
     def embed(ids: Tensor) -> Tensor:
         return stack.dropout(model.shared(ids))
 
-    chain.local(f"{stack_name}.bias", "bias", [ids], bias, [attention.relative_attention_bias])
+    _bias(chain, name, ids, stack.block)
     (hidden,) = chain.unit("tokens", "embedding", [ids], ["hidden"], embed, [model.shared, stack.dropout])
     return hidden
 
@@ -98,6 +139,7 @@ def _self_attention(
         bias=bias,
     )
     (x,) = chain.unit("projection", "projection", [context], ["projected"], inner.o)
+    x = chain.adapter(x, "attention", inner.d_model)
     return _connective(chain, "attention", sublayer, next_norm, x, hidden)
 
 
@@ -157,6 +199,7 @@ def _mlp(chain: Chain, sublayer: T5LayerFF, residual: str, x: str) -> str:
 
     (x,) = chain.unit("mlp-in", "mlp-in", [x], ["inner"], mlp_in, [inner.wi, inner.act, inner.dropout])
     (x,) = chain.unit("mlp-out", "mlp-out", [x], ["outer"], inner.wo)
+    x = chain.adapter(x, "mlp", inner.wo.out_features)
     (hidden,) = chain.unit("mlp-connective", "connective", [x, residual], ["hidden"], add, [sublayer.dropout])
     return hidden
 

@@ -45,6 +45,9 @@ TEXT = Workload(
 CLIPPED = {"clip_norm": 0.5}
 ADAMW = {"optimizer": "adamw", "learning_rate": 1e-3}
 ADAMW64 = {**ADAMW, "dtype": "float64"}
+LORA = {"technique": "lora", **CLIPPED}
+ADAPTERS = {"technique": "adapters", **ADAMW64}
+PARALLEL_ADAPTERS = {"technique": "parallel-adapters", **CLIPPED}
 #: At least four rows in a piece.
 IMAGES = Workload(
     "resnet-tiny",
@@ -128,6 +131,12 @@ def assert_reported(ours: Trained, plan: Plan, workload: Workload) -> None:
         (pipedream_1f1b, 2, "gpt2-tiny", {"optimizer": "sgd"}),
         (pipedream_1f1b, 3, "bart-tiny", CLIPPED),
         (pipedream_1f1b, 4, "t5-tiny", ADAMW),
+        (eddl, 2, "gpt2-tiny", LORA),
+        (gpipe, 3, "t5-tiny", LORA),
+        (gpipe, 2, "opt-tiny", ADAPTERS),
+        (pipedream_1f1b, 4, "bart-tiny", ADAPTERS),
+        (eddl, 3, "bart-tiny", PARALLEL_ADAPTERS),
+        (pipedream_1f1b, 4, "t5-tiny", PARALLEL_ADAPTERS),
     ],
     ids=lambda it: it.__name__.rpartition(".")[2] if isinstance(it, ModuleType) else str(it).replace("'", ""),
 )
@@ -287,7 +296,8 @@ def test_inference_answers_and_trains_nothing(model: str, num_devices: int, fold
     with torch.inference_mode():
         logits = untrained.run(0, len(untrained.units), dataset.batch(order[:8]))["logits"]
     torch.testing.assert_close(torch.cat(answers[:3]), logits, rtol=1e-5, atol=1e-5)
-    assert torch.equal(torch.cat(answers[:3]), torch.cat(answers[3:6]))  # the rehearsal was the first request
+    rehearsal, again, first = (torch.cat(answers[start : start + 3]) for start in (0, 3, 6))
+    assert torch.equal(rehearsal, again) and torch.equal(rehearsal, first)
     trace = ours.execution.trace
     assert ours.execution.losses == ()
     assert [len(phase.iteration_s) for phase in trace.phases] == [phase.repeat for phase in plan.phases] == [2, 1, 2]

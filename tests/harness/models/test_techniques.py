@@ -1,0 +1,204 @@
+"""Techniques add what the paper counted, change nothing where they should not, and equal Hugging Face's own layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from harness import models
+from harness.errors import Unsupported
+from harness.models import side, techniques
+from harness.models.classifier import at_last_token
+from harness.models.layered import Layered
+from tests.harness.models import text_oracle as oracle
+
+#: PAC, Table 1 (printed shares) and the counts that its weights amount to: millions of parameters.
+LORA, ADAPTERS = 9.437184, 12.69
+#: Matrices and the ways down and up; the paper's figure knows neither norms, nor the layers' biases, nor tables.
+PARALLEL_ADAPTERS = {"t5-base": 5.09, "bart-large": 9.05, "t5-large": 17.70}
+ADDING = ("lora", "adapters", "parallel-adapters")
+
+
+def on_meta(model: str, technique: str) -> Layered:
+    return models.build(oracle.workload(model, technique=technique), "meta")
+
+
+def test_lora_has_the_papers_parameters():
+    assert techniques.trained_numel(on_meta("t5-large", "lora")) == LORA * 1e6
+
+
+def test_adapters_have_the_papers_parameters():
+    assert techniques.trained_numel(on_meta("t5-large", "adapters")) == pytest.approx(ADAPTERS * 1e6, rel=1e-3)
+
+
+@pytest.mark.parametrize("model", PARALLEL_ADAPTERS)
+def test_parallel_adapters_have_the_papers_parameters(model):
+    layered = on_meta(model, "parallel-adapters")
+    network = layered.root.side
+    ways = [*network.up.parameters(), *(p for stack in network.stacks for p in stack.downs.parameters())]
+    inner = [p for stack in network.stacks for layer in stack.layers for p in layer.parameters() if p.dim() == 2]
+    tables = [p for name, p in network.named_parameters() if "relative_attention_bias" in name]
+    counted = sum(p.numel() for p in (*ways, *inner)) - sum(p.numel() for p in tables)
+    assert counted == pytest.approx(PARALLEL_ADAPTERS[model] * 1e6, abs=5e3)
+    assert counted < techniques.trained_numel(layered) < 1.01 * counted
+
+
+@pytest.mark.parametrize("technique", ADDING)
+@pytest.mark.parametrize("model", oracle.TINY)
+def test_only_what_is_added_and_the_head_are_trained(model, technique):
+    load = oracle.workload(model, technique=technique)
+    layered, values = oracle.build(load), oracle.batch(load)
+    layered.run(0, len(layered.units), values)["loss"].backward()
+    heads = {id(p) for unit in layered.units if unit.kind == "head" for p in unit.parameters()}
+    for name, parameter in layered.root.named_parameters():
+        added = any(part in techniques.ADDED for part in name.split("."))
+        trained = added or id(parameter) in heads
+        assert parameter.requires_grad == trained, name
+        assert (parameter.grad is not None) == trained, name
+
+
+@pytest.mark.parametrize("model", oracle.TINY)
+def test_new_lora_changes_nothing(model):
+    load = oracle.workload(model, technique="lora", dropout=0.0)
+    adapted, plain = models.build(load), models.build(oracle.workload(model, dropout=0.0))
+    state = {name.replace(".base_layer", ""): tensor for name, tensor in adapted.root.state_dict().items()}
+    plain.root.load_state_dict({name: tensor for name, tensor in state.items() if ".lora_" not in name})
+    values = oracle.batch(load)
+    made, wanted = (layered.run(0, len(layered.units), values)["logits"] for layered in (adapted, plain))
+    torch.testing.assert_close(made, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("model", oracle.TINY)
+def test_adapters_that_add_nothing_change_nothing(model):
+    load = oracle.workload(model, technique="adapters", dropout=0.0)
+    adapted, plain = models.build(load), models.build(oracle.workload(model, dropout=0.0))
+    state = adapted.root.state_dict()
+    plain.root.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith("adapters.")})
+    values = oracle.batch(load)
+    with torch.no_grad():
+        before = adapted.run(0, len(adapted.units), values)["logits"]
+        for adapter in adapted.root.adapters.values():
+            adapter.up.weight.zero_()
+        made, wanted = (layered.run(0, len(layered.units), values)["logits"] for layered in (adapted, plain))
+    torch.testing.assert_close(made, wanted, rtol=0, atol=0)
+    assert not torch.equal(before, wanted)
+    num_layers = len({unit.layer for unit in plain.units if unit.kind == "attention"})
+    assert len(adapted.root.adapters) == 2 * num_layers
+
+
+@pytest.mark.parametrize("model", oracle.TINY)
+def test_parallel_adapters_are_the_familys_own_layers(model):
+    """The side network as its definition has it, over the uncut backbone's activations, by transformers' own code."""
+    load = oracle.workload(model, technique="parallel-adapters", dropout=0.0)
+    layered, values = oracle.build(load), oracle.batch(load)
+    layered.root.eval()
+    with torch.no_grad():
+        made = layered.run(0, len(layered.units), values)["logits"]
+        wanted = side_logits(layered.root, model, values)
+    torch.testing.assert_close(made, wanted, rtol=0, atol=1e-5)
+    for parameter in layered.root.side.parameters():
+        parameter.data.zero_()
+    with torch.no_grad():
+        assert not torch.allclose(layered.run(0, len(layered.units), values)["logits"], made, atol=1e-3)
+
+
+def side_logits(root: nn.Module, model: str, values: dict[str, Tensor]) -> Tensor:
+    network, family = root.side, models.entry(model).family
+    activations: dict[str, list[Tensor]] = {}
+
+    def watch(module: nn.Module, key: str, entering: bool = False) -> None:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: object = None) -> None:
+            tensor = inputs[0] if entering else output
+            activations.setdefault(key, []).append(tensor[0] if isinstance(tensor, tuple) else tensor)
+
+        module.register_forward_pre_hook(hook) if entering else module.register_forward_hook(hook)
+
+    backbone = root.backbone if hasattr(root, "backbone") else root.base_model
+    stacks = {
+        "t5": lambda: [backbone.encoder.block, backbone.decoder.block],
+        "bart": lambda: [backbone.encoder.layers, backbone.decoder.layers],
+        "bert": lambda: [backbone.encoder.layer],
+        "distilbert": lambda: [backbone.transformer.layer],
+        "gpt2": lambda: [backbone.h],
+        "opt": lambda: [backbone.decoder.layers],
+    }[family]()
+    for number, stack in enumerate(stacks):
+        watch(stack[0], f"{number}", entering=True)
+        for layer in stack:
+            watch(layer, f"{number}")
+    final: list[Tensor] = []
+    head = {"bert": "bert.pooler", "gpt2": "score", "opt": "score"}
+    if family in head:
+        root.get_submodule(head[family]).register_forward_pre_hook(lambda _, inputs: final.append(inputs[0]))
+    if family in ("bert", "distilbert", "gpt2", "opt"):
+        oracle.logits(root, values)
+        final.append(activations["0"][-1])  # where no norm follows
+    else:
+        inputs = {name: tensor for name, tensor in values.items() if name != "labels"}
+        final.append(backbone(**inputs, use_cache=False).last_hidden_state)
+    memory, states = None, []
+    for number, beside in enumerate(network.stacks):
+        points = activations[f"{number}"]
+        state = beside.downs[0](points[0])
+        extra: dict[str, object] = {}
+        for layer, down, point in zip(beside.layers, beside.downs[1:], points[1:], strict=True):
+            state = run_layer(family, layer, state + down(point), values, memory, extra)
+        if beside.norm is not None:
+            state = beside.norm(state)
+        memory = state
+        states.append(state)
+    merged = final[0] + network.up(states[-1])
+    if family in ("t5", "bart"):
+        return root.classifier(merged[:, -1])
+    if family == "bert":
+        return root.classifier(root.bert.pooler(merged))
+    if family == "distilbert":
+        return root.classifier(torch.relu(root.pre_classifier(merged[:, 0])))
+    return at_last_token(root.score(merged), values["input_ids"], root.config.pad_token_id)
+
+
+def run_layer(
+    family: str, layer: nn.Module, x: Tensor, values: dict[str, Tensor], memory: Tensor | None, extra: dict[str, object]
+) -> Tensor:
+    """One of transformers' layers by its own forward. `extra` carries T5's position bias from its first layer on."""
+    least = torch.finfo(x.dtype).min
+    padding = (1.0 - values["attention_mask"][:, None, None, :].to(x.dtype)) * least
+    if family == "t5":
+        mask = padding if memory is None else torch.zeros(1, 1, x.shape[1], x.shape[1])
+        out = layer(
+            x,
+            attention_mask=mask,
+            position_bias=extra.get("bias"),
+            encoder_hidden_states=memory,
+            encoder_attention_mask=None if memory is None else padding,
+            encoder_decoder_position_bias=extra.get("cross"),
+        )
+        extra["bias"] = out[1]
+        if memory is not None:
+            extra["cross"] = out[2]
+        return out[0]
+    if family == "bart" and memory is not None:
+        out = layer(x, attention_mask=None, encoder_hidden_states=memory, encoder_attention_mask=padding)
+    elif family in ("gpt2", "opt"):
+        tokens = x.shape[1]
+        causal = torch.full((tokens, tokens), least).triu(1)
+        out = layer(x, attention_mask=(padding + causal).clamp(min=least))
+    else:
+        out = layer(x, attention_mask=padding)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def test_what_can_not_be_adapted_is_said():
+    for technique, expected in (("lora", "has none"), ("adapters", "has none"), ("parallel-adapters", "has none")):
+        with pytest.raises(Unsupported, match=expected):
+            models.build(oracle.workload("resnet-tiny", technique=technique), "meta")
+
+
+def test_widths_that_do_not_divide_are_said(monkeypatch):
+    monkeypatch.setattr(side, "REDUCTION", 7)
+    with pytest.raises(Unsupported, match="7 times narrower, and hidden_size is 64"):
+        on_meta("bert-tiny", "parallel-adapters")
+    monkeypatch.setattr(techniques, "ADAPTER_REDUCTION", 7)
+    with pytest.raises(Unsupported, match="and 64 is no multiple"):
+        on_meta("bert-tiny", "adapters")
