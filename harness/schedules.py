@@ -190,7 +190,11 @@ class Pipeline:
             shards=shards,
             actions=actions,
             live=live,
-            tied={f"gradients:{parameter}": devices for parameter, devices in self.tied.items()},
+            tied={
+                f"gradients:{parameter}": devices
+                for parameter, devices in self.tied.items()
+                if self.costs.parameters[parameter].trainable
+            },
             repeat=repeat,
             training=self.costs.training,
         )

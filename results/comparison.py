@@ -12,7 +12,7 @@ from harness.cluster import Device
 from harness.costs import BACKWARD, FORWARD, Costs
 from harness.records import Record
 from harness.registry import load_testbed
-from harness.workload import TECHNIQUES, Workload
+from harness.workload import Workload
 from results import again
 from results.papers import OOM, Cell, Paper, same
 from results.settings import Setting
@@ -83,10 +83,11 @@ def _runs(paper: Paper, records: Sequence[Record]) -> Iterator[Comparison]:
         if cell.metric != "training_time_h":
             continue
         for record in records:
-            names = ((cell.model, record.model), (cell.dataset, record.dataset), (cell.technique, record.technique))
+            names = ((cell.model, record.model), (cell.dataset, record.dataset))
             nearest = paper.nearest.get(cell.system) == record.method
             if (
                 all(same(*pair) for pair in names)
+                and paper.technique(cell) == record.technique
                 and (nearest or same(cell.system, record.method))
                 and cell.devices in ("1", str(record.num_devices))
                 and record.steps is None
@@ -102,15 +103,16 @@ def _hours(record: Record) -> float | str | None:
 
 
 def _counts(paper: Paper, setting: Setting) -> Iterator[Comparison]:
-    """What follows from the model alone, or from the model and one device of the testbed."""
+    """What follows from the model alone, or from the model and one device of the testbed; inference beside full."""
     if any(getattr(setting.first, field) != value for field, value in paper.analysed.items()):
         return
     (device, *_) = load_testbed(setting.first.testbed).cluster.devices
     workloads = {record.model: again.workload(record) for record in setting.records}
     for cell in paper.cells:
         for model, workload in workloads.items():
-            technique = cell.technique.lower()
-            if same(cell.model, model) and technique in TECHNIQUES:
+            technique = paper.technique(cell)
+            asked = workload.technique
+            if same(cell.model, model) and (technique == asked or (technique, asked) == ("inference", "full")):
                 counted = _count(cell, replace(workload, technique=technique), device)
                 if counted is not None:
                     yield Comparison(cell, *counted)

@@ -66,7 +66,7 @@ class Paper:
     """`testbeds` is what the names of the testbeds that stand for the paper's cluster begin with.
 
     `analysed` are the workload fields of its analyses of a single iteration. `nearest[system of the paper]` is the
-    method that comes nearest, where no method has the system's name.
+    method that comes nearest, where no method has the system's name; `techniques[name in the paper]` ours, likewise.
     """
 
     name: str
@@ -75,7 +75,12 @@ class Paper:
     testbeds: str
     analysed: Mapping[str, int]
     nearest: Mapping[str, str]
+    techniques: Mapping[str, str]
     cells: tuple[Cell, ...]
+
+    def technique(self, cell: Cell) -> str:
+        """Our name of the cell's technique, if we have it."""
+        return self.techniques.get(cell.technique, cell.technique.lower())
 
 
 def names() -> list[str]:

@@ -61,8 +61,8 @@ def build(entry: ModelEntry, workload: Workload) -> Layered:
 
 def _side(entry: ModelEntry, workload: Workload, width: int) -> Side:
     config = pretrained.side_config(BartModel, entry, workload, DROPOUTS, WIDTHS)
-    encoder = [BartEncoderLayer(config) for _ in range(config.encoder_layers)]
-    decoder = [BartDecoderLayer(config) for _ in range(config.decoder_layers)]
+    encoder = [BartEncoderLayer(config, index) for index in range(config.encoder_layers)]
+    decoder = [BartDecoderLayer(config, index) for index in range(config.decoder_layers)]
     return Side(width, SideStack(width, encoder), SideStack(width, decoder))
 
 

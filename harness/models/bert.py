@@ -42,7 +42,7 @@ def build(entry: ModelEntry, workload: Workload) -> Layered:
 
 def _side(entry: ModelEntry, workload: Workload, width: int) -> Side:
     config = pretrained.side_config(BertForSequenceClassification, entry, workload, DROPOUTS, WIDTHS)
-    return Side(width, SideStack(width, [BertLayer(config) for _ in range(config.num_hidden_layers)]))
+    return Side(width, SideStack(width, [BertLayer(config, index) for index in range(config.num_hidden_layers)]))
 
 
 def _layer(chain: Chain, layer: BertLayer, hidden: str) -> str:

@@ -51,7 +51,7 @@ def build(entry: ModelEntry, workload: Workload) -> Layered:
 def _side(entry: ModelEntry, workload: Workload, width: int) -> Side:
     config = pretrained.side_config(GPT2ForSequenceClassification, entry, workload, DROPOUTS, WIDTHS)
     norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-    return Side(width, SideStack(width, [GPT2Block(config) for _ in range(config.n_layer)], norm))
+    return Side(width, SideStack(width, [GPT2Block(config, index) for index in range(config.n_layer)], norm))
 
 
 def _layer(chain: Chain, layer: GPT2Block, hidden: str) -> str:

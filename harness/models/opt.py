@@ -58,7 +58,8 @@ def build(entry: ModelEntry, workload: Workload) -> Layered:
 def _side(entry: ModelEntry, workload: Workload, width: int) -> Side:
     config = pretrained.side_config(OPTForSequenceClassification, entry, workload, DROPOUTS, WIDTHS)
     norm = nn.LayerNorm(config.hidden_size)
-    return Side(width, SideStack(width, [OPTDecoderLayer(config) for _ in range(config.num_hidden_layers)], norm))
+    narrow_layers = [OPTDecoderLayer(config, index) for index in range(config.num_hidden_layers)]
+    return Side(width, SideStack(width, narrow_layers, norm))
 
 
 def _layer(chain: Chain, layer: OPTDecoderLayer, hidden: str) -> str:

@@ -73,7 +73,7 @@ def _side(entry: ModelEntry, workload: Workload, width: int) -> Side:
     for is_decoder, num_layers in ((False, config.num_layers), (True, config.num_decoder_layers)):
         config = copy.deepcopy(config)
         config.is_decoder = is_decoder
-        blocks = [T5Block(config, has_relative_attention_bias=index == 0) for index in range(num_layers)]
+        blocks = [T5Block(config, index == 0, layer_idx=index) for index in range(num_layers)]
         norm = T5LayerNorm(config.d_model, config.layer_norm_epsilon)
         stacks.append(SideStack(width, blocks, nn.Sequential(norm, nn.Dropout(config.dropout_rate))))
     return Side(width, *stacks)

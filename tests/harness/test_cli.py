@@ -46,7 +46,7 @@ def test_list_shows_names_with_a_line_about_each() -> None:
     assert {"pac-nano-4", "demo-hetero-3", "local-1"} <= set(names(Result("list testbeds").out))
     assert {"mrpc", "digits"} <= set(names(Result("list datasets").out))
     assert "jetson-nano-10w" in names(Result("list devices").out)
-    assert "pac-full" in names(Result("list experiments").out)
+    assert "pac-techniques" in names(Result("list experiments").out)
     for kind in ("baselines", "testbeds", "datasets", "models", "devices", "experiments"):
         assert all(len(line.split()) > 1 for line in Result(f"list {kind}").out.splitlines())
 

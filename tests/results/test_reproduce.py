@@ -123,13 +123,14 @@ def test_real_runs_of_a_testbed_follow_each_other_and_methods_take_turns(
     assert not (tmp_path / "traces").exists(), "nothing really happened"
 
 
-def test_the_four_nanos_are_asked_for_every_baseline_and_model() -> None:
-    asked = {(r.method.name, r.workload.model) for r in reproduce.requests(["pac-full"])}
+def test_the_four_nanos_are_asked_for_every_baseline_model_and_technique() -> None:
+    asked = {(r.method.name, r.workload.model, r.workload.technique) for r in reproduce.requests(["pac-techniques"])}
     methods, models = ("standalone", "eddl", "gpipe", "pipedream-1f1b"), ("t5-base", "bart-large", "t5-large")
-    assert asked == {(method, model) for method in methods for model in models}
-    for request in reproduce.requests(["pac-full"]):
+    techniques = ("full", "adapters", "lora", "parallel-adapters")
+    assert asked == {(method, model, name) for method in methods for model in models for name in techniques}
+    for request in reproduce.requests(["pac-techniques"]):
         w = request.workload
-        assert (w.dataset, w.technique, w.epochs, w.batch_size, w.seq_len) == ("mrpc", "full", 3, 16, 128)
+        assert (w.dataset, w.epochs, w.batch_size, w.seq_len) == ("mrpc", 3, 16, 128)
         assert (request.testbed.name, request.mode) == ("pac-nano-4", "simulated")
 
 

@@ -147,6 +147,7 @@ def test_methods_train_what_one_device_trains(
     workload = replace(TEXT, model=model, **options)
     plan = planned(method, workload, num_devices)
     assert {phase.micro_batches for phase in plan.phases} == {(3, 3, 2), (3, 1)}
+    validate(plan, profile.count(workload))
     ours = run_devices(plan, workload, folder)
     assert_equal(ours, whole(workload), workload)
     assert_reported(ours, plan, workload)
