@@ -186,10 +186,16 @@ def command(*arguments: str, **asked: object) -> list[str]:
 
 
 def start(out: Path, **asked: object) -> subprocess.Popen[str]:
-    """`orrery run` in a process group of its own, as a shell starts it."""
+    """`orrery run` in a process group of its own, as a shell starts it: Ctrl-C ends it, even if it would not end us."""
     line = command("run", "--set", "gpipe.micro_batch_size=4", **asked, out=out)
     return subprocess.Popen(
-        line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        line,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # who runs tests in the background ignores it
     )
 
 
