@@ -76,7 +76,8 @@ class Watch:
     def look(self, runner: int) -> None:
         try:
             for pid in supervisors(runner):
-                self.resident[pid].append(resident_bytes(pid))
+                if resident := resident_bytes(pid):  # one that has just ended has none
+                    self.resident[pid].append(resident)
             self.descriptors[runner].append(len(os.listdir(f"/proc/{runner}/fd")))
         except OSError:
             pass  # it died meanwhile
