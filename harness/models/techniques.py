@@ -8,7 +8,8 @@
 | parallel-adapters | a narrow network beside the backbone (see `harness.models.side`) | this, head |
 | inference | - | nothing |
 
-Sizes are those that PAC's trainable parameters amount to (Table 1; its released code).
+Sizes and places are inferred from PAC's trainable parameters (Table 1) and its released code; the paper does not give
+them. The identity beside an adapter is Houlsby's: the authors' timing code has none.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from harness.workload import Workload
 LORA_RANK, LORA_ALPHA, LORA_DROPOUT = 32, 32, 0.1
 #: Of a layer's width to that of its adapters.
 ADAPTER_REDUCTION = 16
-#: Small, so that a layer with a new adapter computes nearly what it did.
+#: The modules that techniques add to a model: peft's names, and ours.
+ADDED = ("lora_A", "lora_B", "adapters", "side")
+#: Chosen here. Small, so that a layer with a new adapter computes nearly what it did.
 ADAPTER_STD = 1e-2
 
 
@@ -80,13 +83,3 @@ def choose_trained(layered: Layered, technique: str) -> None:
     heads = [module for unit in layered.units if unit.kind == "head" for module in unit.held]
     for module in (*added, *heads):
         module.requires_grad_(True)
-
-
-#: The modules that techniques add to a model: peft's names, and ours.
-ADDED = ("lora_A", "lora_B", "adapters", "side")
-
-
-def trained_numel(layered: Layered) -> int:
-    """Parameters that the technique adds and trains, the head not counted."""
-    heads = {id(p) for unit in layered.units if unit.kind == "head" for p in unit.parameters()}
-    return sum(p.numel() for p in layered.root.parameters() if p.requires_grad and id(p) not in heads)
