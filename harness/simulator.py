@@ -157,6 +157,20 @@ def estimate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
     return simulate(replace(plan, phases=short), costs, cluster)
 
 
+def compute_seconds(plan: Plan, costs: Costs, cluster: Cluster) -> list[dict[str, dict[int, float]]]:
+    """Of every phase: what each node of each device's compute queue takes. Raises as `simulate` does."""
+    found: dict[int, dict[str, dict[int, float]]] = {}
+    for phase in plan.phases:
+        if id(phase) in found:
+            continue
+        timed = _time(phase, plan, costs, cluster)
+        graph, seconds = timed.graph, found.setdefault(id(phase), {device: {} for device in plan.devices})
+        for node, action in enumerate(graph.actions):
+            if node not in graph.unqueued and QUEUE_OF[type(action)] == COMPUTE:
+                seconds[graph.devices[graph.device[node]]][node] = timed.duration[node] / PICOSECONDS
+    return [found[id(phase)] for phase in plan.phases]
+
+
 def _time(phase: Phase, plan: Plan, costs: Costs, cluster: Cluster) -> _Timed:
     """Link the phase and give every node its duration."""
     graph = link(phase, plan.tensors, plan.devices)

@@ -19,6 +19,7 @@ from results.tables import Table, percent, significant
 TIE = 0.05
 #: A part of the run, computing or the network, that takes a share within these is neither all nor nothing.
 MATTERS = (0.25, 0.75)
+LATE, LATEST = "late", "latest"
 
 
 @dataclass(frozen=True)
@@ -236,6 +237,15 @@ def measured(found: Sequence[Pair]) -> Iterator[Table]:
         yield _of_itself(testbed, list(measurements.values()))
 
 
+def _kept(found: Sequence[dict[str, float]]) -> dict[str, float]:
+    """How near a device came to the share that it was asked for: paced, or by a quota."""
+    if "late_share" in found[0]:
+        late = [device["late_share"] for device in found]
+        return {LATE: median(late), LATEST: max(late)}
+    shares = [device["measured_cpu_share"] for device in found]
+    return {"share measured": median(shares), "least": min(shares), "most": max(shares)}
+
+
 def _of_itself(testbed: str, measurements: Sequence[dict[str, object]]) -> Table:
     by_device: dict[str, list[dict[str, float]]] = {}
     for about in measurements:
@@ -245,14 +255,11 @@ def _of_itself(testbed: str, measurements: Sequence[dict[str, object]]) -> Table
             by_device.setdefault(name, []).append(device)
     rows = []
     for name, found in by_device.items():
-        shares = [device["measured_cpu_share"] for device in found]
         rows.append(
             {
                 "device": name,
                 "share of a core asked": found[0]["cpu_share"],
-                "share measured": median(shares),
-                "least": min(shares),
-                "most": max(shares),
+                **_kept(found),
                 "link set to, Mbit/s": median(device["nominal_mbit_per_s"] for device in found),
                 "TCP measured, Mbit/s": median(device["measured_mbit_per_s"] for device in found),
             }
@@ -263,6 +270,9 @@ def _of_itself(testbed: str, measurements: Sequence[dict[str, object]]) -> Table
         "units of the workload were measured. TCP gets less than its link is set to: headers take their part.",
     ]
     formats = dict.fromkeys(frame.columns.drop("device"), significant)
+    if LATE in frame:
+        notes.append("Late: by how much actions took longer than those of the device, as a share of its computing.")
+        formats |= dict.fromkeys((LATE, LATEST), percent)
     return Table(
         f"{testbed}-measured", f"What {testbed} measured of itself before its runs", frame, formats, notes=tuple(notes)
     )

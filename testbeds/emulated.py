@@ -8,29 +8,30 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from harness import datasets, reference, samples
 from harness.costs import Costs
-from harness.engine import Execution, check_samples, execution
+from harness.engine import DeviceReport, Execution, check_samples, execution
 from harness.errors import OrreryError, OutOfMemory, Unsupported
 from harness.fleet.coordinator import Lost
 from harness.fleet.job import SAMPLES, WEIGHTS, Job, trained
 from harness.models import shards
 from harness.plan import Plan
+from harness.plan.actions import COMPUTE
 from harness.plan.serial import to_json
 from harness.profile.measure import LOCAL, on_this_machine
 from harness.registry import Finding
 from harness.samples import Dataset
-from harness.simulator import estimate
+from harness.simulator import compute_seconds, estimate
 from harness.workload import Workload
 from testbeds.emulation import calibration, cgroups, leftovers, namespaces, shaping
 from testbeds.emulation.calibration import Cores, Links
 from testbeds.emulation.machine import Machine
-from testbeds.emulation.setting import Setting, decide, speeds
-from testbeds.library import Event, Testbed
+from testbeds.emulation.setting import PACED_HEADROOM, Setting, decide, speeds
+from testbeds.library import PACED, QUOTA, Event, Testbed
 
 LOOPBACK = "loopback"
 MOST_LOCAL = 32
@@ -67,10 +68,11 @@ def examine(testbed: Testbed) -> list[Finding]:
     if testbed.medium == LOOPBACK and not testbed.own_memory:
         return [Finding("emulation", True, "unshaped: needs no rights")]
     limits = cgroups.available()
-    found = [
-        Finding("cpu limit", limits.cpu, "control groups" if limits.cpu else limits.why, RIGHTS),
-        Finding("memory limit", limits.memory, "control groups" if limits.memory else limits.why, RIGHTS),
-    ]
+    found = []
+    if testbed.computing == QUOTA:
+        found.append(Finding("cpu limit", limits.cpu, "control groups" if limits.cpu else limits.why, RIGHTS))
+    if testbed.own_memory:
+        found.append(Finding("memory limit", limits.memory, "control groups" if limits.memory else limits.why, RIGHTS))
     for program in ("ip", "tc", "nsenter"):
         try:
             found.append(Finding(program, True, namespaces.program(program)))
@@ -90,6 +92,8 @@ class Emulation:
     def __init__(self, testbed: Testbed, folder: Path, lock: Path) -> None:
         self.testbed, self.folder, self.lock = testbed, folder, lock
         self.shaped = testbed.medium != LOOPBACK
+        self.paced = self.shaped and testbed.computing == PACED
+        self.quota = self.shaped and testbed.computing == QUOTA
         self.machine: Machine | None = None
         self.setting: Setting | None = None
         self.cores: Cores | None = None
@@ -113,9 +117,12 @@ class Emulation:
         setting = self._set(machine, asked)
         self.generation, self.secret = machine.fleet.new_generation()
         text = to_json(plan)
-        jobs = [self._job(machine, setting, text, workload, device, verify) for device in plan.devices]
-        iteration = max(max(p.iteration_s) for p in estimate(plan, costs, self.testbed.cluster).phases)
         dilation = setting.dilation if setting else 1.0
+        pace = self._pace(plan, costs, dilation)
+        jobs = [
+            self._job(machine, setting, text, workload, device, verify, pace.get(device, ())) for device in plan.devices
+        ]
+        iteration = max(max(p.iteration_s) for p in estimate(plan, costs, self.testbed.cluster).phases)
         events = _Events(machine, self.testbed.events, dilation, self.links)
         try:
             reports = machine.fleet.run(
@@ -126,7 +133,7 @@ class Emulation:
             raise
         finally:
             events.undo()
-        found = replace(execution(plan, reports, workload.training, dilation), emulation=self._about())
+        found = replace(execution(plan, reports, workload.training, dilation), emulation=self._about(reports))
         if not verify:
             return found
         wanted = reference.train(plan, workload, dataset)
@@ -159,7 +166,7 @@ class Emulation:
             self.setting = self.cores = self.links = None
             self.oom_kills.clear()
         if self.machine is None:
-            limited = self.shaped or bool(self.testbed.own_memory)
+            limited = self.quota or bool(self.testbed.own_memory)
             self.machine = Machine(self.testbed.cluster.names, self.shaped, limited, [self.folder, self.lock])
         return self.machine
 
@@ -171,19 +178,31 @@ class Emulation:
         if any(device.measured is None for device in cluster.devices):
             costs = on_this_machine(workload, costs, [PROFILED_ROWS])
         rate = costs.core_flops_per_s[LOCAL]
-        return decide(cluster, self.testbed.own_memory, speeds(cluster, costs, PROFILED_ROWS), rate)
+        headroom = PACED_HEADROOM if self.paced else 1.0
+        return decide(cluster, self.testbed.own_memory, speeds(cluster, costs, PROFILED_ROWS), rate, headroom)
+
+    def _pace(self, plan: Plan, costs: Costs, dilation: float) -> dict[str, list[dict[str, float]]]:
+        """Per device and phase the seconds of each node of its compute queue, here; empty where nothing is paced."""
+        if not self.paced:
+            return {}
+        phases = compute_seconds(plan, costs, self.testbed.cluster)
+        return {
+            device: [{str(node): s * dilation for node, s in phase[device].items()} for phase in phases]
+            for device in plan.devices
+        }
 
     def _set(self, machine: Machine, setting: Setting | None) -> Setting | None:
         """Shape and limit, then measure what that gives. On loopback only memory may be limited.
 
-        Cores are measured before every run, for this machine's may have become faster or slower.
+        Where cores have quotas they are measured before every run, for this machine's may have become faster or slower.
         """
         if setting is None:
             cluster = self.testbed.cluster
             for device in self.testbed.own_memory:
                 machine.order("memory", device, limit_bytes=cluster.device(device).memory_bytes + PROCESS_BYTES)
             return None
-        self.cores = calibration.cores(machine, setting, self.cores)
+        if self.quota:
+            self.cores = calibration.cores(machine, setting, self.cores)
         if self.setting is None or self.setting.mbit_per_s != setting.mbit_per_s:
             self.links = calibration.links(machine, setting)
             if machine.has_netem:
@@ -200,7 +219,14 @@ class Emulation:
         return max(0.0, setting.latency_s - self.links.hop_s)
 
     def _job(
-        self, machine: Machine, setting: Setting | None, plan: str, workload: Workload, device: str, save: bool
+        self,
+        machine: Machine,
+        setting: Setting | None,
+        plan: str,
+        workload: Workload,
+        device: str,
+        save: bool,
+        pace: Sequence[Mapping[str, float]] = (),
     ) -> Job:
         rank = self.testbed.cluster.names.index(device)
         return Job(
@@ -215,6 +241,7 @@ class Emulation:
             send_buffer_bytes=setting.send_buffer_bytes(device) if setting else None,
             enter=machine.entrances[device].process,
             enter_computing=machine.entrances[device].computing,
+            pace=pace,
             save=save,
         )
 
@@ -229,26 +256,33 @@ class Emulation:
             needed = estimate(plan, costs, self.testbed.cluster).peak_bytes[lost.device]
             raise OutOfMemory(lost.device, needed, limit, "the kernel ended its worker at the limit") from lost
 
-    def _about(self) -> dict[str, object]:
+    def _about(self, reports: Sequence[DeviceReport]) -> dict[str, object]:
         """What the testbed measured of itself, for the record."""
-        if self.setting is None or self.cores is None or self.links is None or self.machine is None:
+        if self.setting is None or self.links is None or self.machine is None:
             return {"shaped": False}
+        links = {
+            device: {"nominal_mbit_per_s": nominal, "measured_mbit_per_s": self.links.mbit_per_s.get(device)}
+            for device, nominal in self.links.nominal_mbit_per_s.items()
+        }
         return {
             "shaped": True,
+            "computing": self.testbed.computing,
             "latency_by": "netem" if self.machine.has_netem else "transport",
             "message_s": self.links.hop_s,
             "core_flops_per_s": self.setting.core_flops_per_s,
-            "devices": {
-                device: {
-                    "cpu_share": share,
-                    "measured_cpu_share": self.cores.flops_per_s[device] / self.setting.core_flops_per_s,
-                    "quota_us_period_us": self.cores.quotas[device],
-                    "nominal_mbit_per_s": self.links.nominal_mbit_per_s[device],
-                    "measured_mbit_per_s": self.links.mbit_per_s.get(device),
-                }
-                for device, share in self.setting.shares.items()
-            },
+            "devices": {device: about | links[device] for device, about in self._computing(self.setting, reports)},
         }
+
+    def _computing(self, setting: Setting, reports: Sequence[DeviceReport]) -> Iterator[tuple[str, dict[str, object]]]:
+        """Of every device: the share of a core that it plays, and how near it came to that."""
+        late = {report.device: report.late_s / report.busy_s[COMPUTE] for report in reports if report.busy_s[COMPUTE]}
+        for device, share in setting.shares.items():
+            if self.cores is None:
+                yield device, {"cpu_share": share, "late_share": late.get(device, 0.0)}
+            else:
+                measured = self.cores.flops_per_s[device] / setting.core_flops_per_s
+                quota = self.cores.quotas[device]
+                yield device, {"cpu_share": share, "measured_cpu_share": measured, "quota_us_period_us": quota}
 
 
 class _Events:

@@ -21,6 +21,7 @@ __all__ = ["Assumption", "Testbed", "devices", "load", "load_device", "names"]
 
 MODES = ("simulated", "emulated", "real")
 DUPLEX = ("full", "half", "shared")
+PACED, QUOTA = "paced", "quota"
 MAX_DEVICES = 10_000
 FAMILY = "-N"
 
@@ -59,6 +60,8 @@ class Testbed:
 
     `medium` is "loopback" where the links are this machine's own. `own_memory` are the devices with a memory of their
     own; the others share this machine's. `events` happen while the testbed is emulated.
+    `computing` says what gives emulated devices their speed: "paced" actions take the time that the device needs, by a
+    "quota" it has a share of a core.
     """
 
     name: str
@@ -70,6 +73,7 @@ class Testbed:
     medium: str
     own_memory: frozenset[str]
     events: tuple[Event, ...] = ()
+    computing: str = PACED
 
     __test__ = False  # not a test class, whatever pytest makes of the name
 
@@ -132,6 +136,7 @@ def _load(path: Path, name: str, count: int | None = None) -> Testbed:
         if count not in counts and not open_family:
             members = ", ".join(_member(path, n) for n in counts)
             raise OrreryError(f"There is no testbed called {name!r}. Its family has {members}.")
+    computing = table.choice("computing", (PACED, QUOTA)) if table.has("computing") else PACED
     slots = _slots(table, path.parent, count)
     link = table.table("link")
     ranks = {f"device{rank}": slot for rank, slot in enumerate(slots)}
@@ -160,7 +165,16 @@ def _load(path: Path, name: str, count: int | None = None) -> Testbed:
     used = {slot.profile.name: _used(slot.profile, medium) for slot in slots} | {"link": constants}
     own = {d for d, slot in ranks.items() if slot.memory_bytes is not None or slot.profile.measured is None}
     return Testbed(
-        name, description, cluster, tuple(modes), tuple(_assumptions(used)), path, medium, frozenset(own), events
+        name=name,
+        description=description,
+        cluster=cluster,
+        modes=tuple(modes),
+        assumptions=tuple(_assumptions(used)),
+        path=path,
+        medium=medium,
+        own_memory=frozenset(own),
+        events=events,
+        computing=computing,
     )
 
 

@@ -56,7 +56,7 @@ TINY_REPEATS = 6
 def test_training_beside_torch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """1F1B with the same cuts beside `Schedule1F1B`; `eddl` beside DDP, and beside gloo without DDP's overlap."""
     monkeypatch.setattr(calibration, "TOLERANCE", 0.5)  # all sides have the same share of a core, whatever it is
-    bed = library.load("emu-4-50mbit")
+    bed = library.load("emu-4-50mbit-quota")
     bed = replace(bed, cluster=replace(bed.cluster, latency_s=0.0))  # which our transport would add, and gloo not
     costs = profile_of(TRAINED, bed)
     size = TRAINED.batch_size // MICRO_BATCHES

@@ -27,7 +27,8 @@ class DeviceReport:
     """One device of a run. `losses`: of each iteration, its rows' part of the mean over the batch.
 
     `standing_bytes[kind]` stay from iteration to iteration; `moving_bytes` are the most that one iteration makes
-    besides: "moving" all together, "gradients" and "activations" alone.
+    besides: "moving" all together, "gradients" and "activations" alone. `late_s`: of a device that is paced, by how
+    much its computing took longer than it was to.
     """
 
     device: str
@@ -38,6 +39,7 @@ class DeviceReport:
     sent_bytes: Mapping[str, int]
     standing_bytes: Mapping[str, int]
     moving_bytes: Mapping[str, int]
+    late_s: float = 0.0
     process_peak_bytes: int = 0
 
 
@@ -106,4 +108,5 @@ def _scaled(report: DeviceReport, factor: float) -> DeviceReport:
         ),
         events=tuple(replace(e, start_s=e.start_s * factor, end_s=e.end_s * factor) for e in report.events),
         busy_s={queue: seconds * factor for queue, seconds in report.busy_s.items()},
+        late_s=report.late_s * factor,
     )

@@ -37,6 +37,8 @@ Payload = Tensor | Bundle | Saved | None
 STOP_S = 10
 #: The first is watched, which takes memory in another order than a run does; the second is as a run.
 REHEARSALS = 2
+#: Of what a paced device computes, the share by which it may be late before it is not that device any more.
+MOST_LATE = 0.10
 
 
 @dataclass
@@ -63,7 +65,11 @@ class Iteration:
 
 
 class Worker:
-    """One device of a plan that is being executed. `transport` is None where the plan has one device."""
+    """One device of a plan that is being executed. `transport` is None where the plan has one device.
+
+    `pace`: of every phase the seconds that each node of the compute queue shall take. This machine computes it faster,
+    and then the device waits; one that is late by more than a tenth of its time is refused.
+    """
 
     def __init__(
         self,
@@ -76,10 +82,11 @@ class Worker:
         transport: Transport | None = None,
         barrier: Callable[[], None] = lambda: None,
         progress: Callable[[int], None] = lambda number: None,
+        pace: Sequence[Mapping[int, float]] = (),
     ) -> None:
         self.device, self.plan, self.programs, self.workload = device, plan, programs, workload
         self.shard, self.dataset, self.transport = shard, dataset, transport
-        self.barrier, self.progress = barrier, progress
+        self.barrier, self.progress, self.pace = barrier, progress, pace
         self._lock = threading.Lock()
         self._compute_turn, self._send_turn = threading.Condition(self._lock), threading.Condition(self._lock)
         self._error: BaseException | None = None
@@ -89,6 +96,7 @@ class Worker:
         self._tracker: Tracker | None = None
         self._gradient_storages: set[int] = set()
         self._loss = 0.0
+        self._late_s = 0.0
         self._events: list[Event] = []
         self._busy = dict.fromkeys(QUEUES, 0.0)
         self._origin = 0.0
@@ -113,7 +121,8 @@ class Worker:
         """The first iteration without its update, watched: most bytes made at once, all together and by kind.
 
         All devices rehearse together, once more without being watched, for memory is taken in another order then. It
-        warms everything up, and everything that it changes is put back.
+        warms everything up, and everything that it changes is put back. Raises OrreryError for a paced device that is
+        late then.
         """
         buffers = [buffer.clone() for buffer in self.shard.buffers()]
         self._tracker = tracker = Tracker()
@@ -124,6 +133,10 @@ class Worker:
             self._finish(iteration)
             iteration.values.clear()
             self._tracker = None
+            if number == 0:
+                self._late_s = 0.0
+                self._busy[COMPUTE] = 0.0
+        self._check_pace("in the iteration before the run")
         gradients = self._gradient_storages
         moving = {
             "moving": max(tracker.levels()),
@@ -132,14 +145,14 @@ class Worker:
         }
         for changed, before in zip(self.shard.buffers(), buffers, strict=True):
             changed.copy_(before)
-        self._loss = 0.0
+        self._loss = self._late_s = 0.0
         self._events.clear()
         self._busy = dict.fromkeys(QUEUES, 0.0)
         self._sent.clear()
         return moving
 
     def run(self, origin: float, moving: Mapping[str, int]) -> DeviceReport:
-        """All phases. `origin`: the perf_counter time that the run's times count from."""
+        """All phases. `origin`: the perf_counter time that the run's times count from. OrreryError as `rehearse`."""
         self._origin = origin
         losses: list[float] = []
         phases: list[PhaseTimes] = []
@@ -163,6 +176,7 @@ class Worker:
                 spans.append((began - origin, time.perf_counter() - origin))
                 self.progress(step + 1)
             phases.append(PhaseTimes(tuple(spans), sum(self._sent.values()) - sent))
+        self._check_pace("in the run")
         return DeviceReport(
             device=self.device,
             losses=tuple(losses),
@@ -172,6 +186,7 @@ class Worker:
             sent_bytes=dict(self._sent),
             standing_bytes=self.shard.standing_bytes(),
             moving_bytes=dict(moving),
+            late_s=self._late_s,
         )
 
     def stop(self) -> None:
@@ -215,12 +230,31 @@ class Worker:
             self._compute(iteration, node, iteration.program.actions[node])
             if self.shard.device.type == "cuda":
                 torch.cuda.synchronize(self.shard.device)
+            self._keep_pace(iteration, node, start)
             self._record(iteration, node, COMPUTE, start, time.perf_counter())
             self._done(iteration, node)
         with self._lock:
             while self._error is None and iteration.left_ahead:
                 self._compute_turn.wait()
         self._check()
+
+    def _keep_pace(self, iteration: Iteration, node: int, start: float) -> None:
+        """Wait until the device that this one plays would be ready, too."""
+        if self.pace:
+            left = start + self.pace[iteration.phase].get(node, 0.0) - time.perf_counter()
+            if left > 0:
+                time.sleep(left)
+            else:
+                self._late_s -= left
+
+    def _check_pace(self, when: str) -> None:
+        busy = self._busy[COMPUTE]
+        if self._late_s > MOST_LATE * (busy - self._late_s):
+            raise OrreryError(
+                f"{self.device} computed for {busy:.3g} s {when}, {self._late_s / (busy - self._late_s):.0%} longer "
+                "than the device that it plays. Is the machine busy? Run again when it is quiet, on one with more "
+                "cores, or with fewer or slower devices."
+            )
 
     def _finish(self, iteration: Iteration) -> None:
         """Wait until every node of the iteration has ended, transfers too."""

@@ -6,7 +6,7 @@ import gc
 import resource
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class Job:
 
     `enter` are files that take the process's id, which moves it into its control groups; `enter_computing` take that of
     the thread that computes, once the others run.
+    `pace`: of every phase the seconds of each node of the compute queue, as JSON has them; none: as fast as it can.
     `latency_s` is added to every message. `save` writes the trained shard into the folder.
     """
 
@@ -62,6 +63,7 @@ class Job:
     accelerator: str = "cpu"
     enter: tuple[str, ...] = ()
     enter_computing: tuple[str, ...] = ()
+    pace: Sequence[Mapping[str, float]] = ()
     save: bool = False
 
 
@@ -115,7 +117,8 @@ def _work(channel: Channel, job: Job, pulse: Pulse) -> None:
             channel.send({"reached": True})
             channel.receive()
 
-        worker = Worker(job.device, plan, mine, workload, shard, dataset, transport, barrier, pulse.progress)
+        pace = [{int(node): seconds for node, seconds in phase.items()} for phase in job.pace]
+        worker = Worker(job.device, plan, mine, workload, shard, dataset, transport, barrier, pulse.progress, pace)
         worker.start()
         enter(job.enter_computing)
         moving = worker.rehearse()

@@ -13,6 +13,9 @@ from harness.profile.measure import LOCAL
 
 #: Of a core, for the runner, the kernel's share of the links and whatever else the machine does.
 RESERVE = 0.25
+#: What a paced device's core must be faster than the device: a core of a shared machine may lose a third of its speed
+#: within seconds, more when it wakes up.
+PACED_HEADROOM = 1.75
 #: Beyond it a run takes for ever, and quotas are too short for the kernel.
 MOST_DILATION = 50.0
 #: What TCP gets of a shaped link's nominal rate, Ethernet's and its own headers included: measured, and checked
@@ -48,15 +51,20 @@ class Setting:
 
 
 def decide(
-    cluster: Cluster, own_memory: frozenset[str], speeds: Mapping[str, float], core_flops_per_s: float
+    cluster: Cluster,
+    own_memory: frozenset[str],
+    speeds: Mapping[str, float],
+    core_flops_per_s: float,
+    headroom: float = 1.0,
 ) -> Setting:
     """The setting for devices that are `speeds` times as fast as one core of this machine, of `core_flops_per_s`.
 
-    When together they are faster than the machine, time is dilated. Raises OrreryError where that is too much.
+    When one or all of them are faster than this machine divided by the headroom, time is dilated. Raises OrreryError
+    where that is too much.
     """
     cores = os.cpu_count() or 1
     room = max(cores - RESERVE, 0.5)
-    dilation = max(1.0, sum(speeds.values()) / room, max(speeds.values()))
+    dilation = max(1.0, headroom * sum(speeds.values()) / room, headroom * max(speeds.values()))
     if dilation > MOST_DILATION:
         raise OrreryError(
             f"The {len(speeds)} devices of {cluster.name} are together {sum(speeds.values()):.0f} times as fast as one "

@@ -16,6 +16,7 @@ from results.agreement import Pair
 from results.settings import settings
 
 METHODS = ("eddl", "gpipe", "pipedream-1f1b")
+LINK = ("nominal_mbit_per_s", "measured_mbit_per_s")
 ABOUT = {
     "shaped": True,
     "devices": {
@@ -178,6 +179,13 @@ def test_what_a_testbed_measured_of_itself(real: Record) -> None:
     (table,) = agreement.measured(pairs(*first, again, second[1]))
     assert table.cells()[0] == ["device0", "0.35", "0.37", "0.34", "0.4", "52.3", "49"]
     assert table.notes[0].startswith("Medians of 2 measurements")
+    paced = {
+        name: {"late_share": 0.01 * rank, **{key: device[key] for key in ("cpu_share", *LINK)}}
+        for rank, (name, device) in enumerate(ABOUT["devices"].items())
+    }
+    of_one = first[0].model_copy(update={"emulation": {**ABOUT, "devices": paced}})
+    (table,) = agreement.measured(pairs(of_one, first[1]))
+    assert table.cells()[1] == ["device1", "0.35", "1.0%", "1.0%", "52.3", "50"]
     unshaped = first[0].model_copy(update={"emulation": {"shaped": False}})
     assert list(agreement.measured(pairs(unshaped, first[1]))) == []
 

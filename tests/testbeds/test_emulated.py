@@ -55,6 +55,7 @@ LONG_STEPS = 20_000
 #: A dead worker is reported within a second; and a second for a busy machine.
 SOON_S = 2.0
 limits = cgroups.available()
+needs_rights = pytest.mark.skipif(os.geteuid() != 0, reason="makes network namespaces")
 needs_groups = pytest.mark.skipif(not (limits.cpu and limits.memory), reason=f"no control groups: {limits.why}")
 
 
@@ -120,6 +121,23 @@ def test_processes_say_what_memory_they_took_and_which_port_is_not_free(own_fold
             with pytest.raises(OrreryError, match=message):
                 emulation.machine.fleet.run(jobs, 10.0)
         assert execute(plan, asked.workload, costs).losses
+
+
+@needs_rights
+def test_paced_devices_are_what_the_testbed_says(own_folders: Path) -> None:
+    """Two as fast as a tenth of a core each, behind a switch: computing as simulated, and the testbed says how near."""
+    testbed = library_file(own_folders / "slow.toml", count=2, cpu_share=0.1)
+    asked = {**RUN, "testbed": testbed, "steps": 3}
+    with nothing_left(own_folders):
+        record = harness.run(**asked, options=MICRO)
+    assert (record.status, record.reason) == ("ok", None)
+    simulated = harness.run(**{**asked, "mode": "simulated"}, options=MICRO)
+    assert record.compute_time_s == pytest.approx(simulated.compute_time_s, rel=0.1)
+    about: Any = record.emulation
+    assert about["shaped"] and about["computing"] == "paced"
+    for device in about["devices"].values():
+        assert device["cpu_share"] == 0.1 and 0 <= device["late_share"] < 0.1
+        assert 85 < device["measured_mbit_per_s"] <= 105
 
 
 # Deaths
@@ -380,7 +398,9 @@ def test_a_device_over_its_limit_is_out_of_memory_in_both_modes(
     assert real.peak_memory_bytes == simulated.peak_memory_bytes
 
 
-def library_file(path: Path, count: int, medium: str = "ethernet", memory_bytes: int | None = None) -> str:
+def library_file(
+    path: Path, count: int, medium: str = "ethernet", memory_bytes: int | None = None, cpu_share: float = 1.0
+) -> str:
     """A testbed of so many processes of this machine."""
     constants = {"nominal_mbit_per_s": 100, "tcp_efficiency": 1, "latency_s": 1e-4}
     link = "".join(
@@ -390,7 +410,7 @@ def library_file(path: Path, count: int, medium: str = "ethernet", memory_bytes:
     memory = "" if memory_bytes is None else f"memory_bytes = {memory_bytes}\n"
     path.write_text(
         'description = "of a test"\nmodes = ["simulated", "emulated"]\n'
-        f'[[devices]]\nprofile = "this-machine"\ncount = {count}\n{memory}'
+        f'[[devices]]\nprofile = "this-machine"\ncount = {count}\ncpu_share = {cpu_share}\n{memory}'
         f'[link]\nmedium = "{medium}"\nduplex = "full"\n{link}'
     )
     return str(path)

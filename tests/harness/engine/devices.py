@@ -68,12 +68,13 @@ def run_devices(
     folder: Path,
     data_dir: Path | None = None,
     before: Callable[[str, ModelShard], object] = lambda device, shard: None,
+    pace: Sequence[Mapping[str, Mapping[int, float]]] = (),
 ) -> Trained:
     """Run the plan for real, over loopback. Raises what the first device to fail raised.
 
-    `before(device, shard)` is called when the shard is loaded.
+    `before(device, shard)` is called when the shard is loaded; `pace` as `harness.simulator.compute_seconds` gives it.
     """
-    found = outcomes(dict.fromkeys(plan.devices, plan), workload, folder, data_dir, before)
+    found = outcomes(dict.fromkeys(plan.devices, plan), workload, folder, data_dir, before, pace=pace)
     failed = [outcome for outcome in found.values() if outcome.error is not None]
     if failed:
         first = min(failed, key=lambda outcome: (secondary(outcome), outcome.ended_s))
@@ -96,6 +97,7 @@ def outcomes(
     data_dir: Path | None = None,
     before: Callable[[str, ModelShard], object] = lambda device, shard: None,
     progress: Callable[[str, int, Transport], object] = lambda device, number, transport: None,
+    pace: Sequence[Mapping[str, Mapping[int, float]]] = (),
 ) -> dict[str, Outcome]:
     """Each device runs its own plan, which should be the same; `progress` is called after each iteration.
 
@@ -132,6 +134,7 @@ def outcomes(
                 transport,
                 barrier=together.wait,
                 progress=lambda number: progress(device, number, transport),
+                pace=[phase[device] for phase in pace],
             )
             worker.start()
             moving = worker.rehearse()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -61,6 +62,15 @@ def test_a_moment_of_another_program_is_got_over() -> None:
     machine = Cores(lambda device, share, number: share * CORE * (0.5 if number < 4 else 1.0))
     found = calibration.cores(machine, setting())
     assert found.flops_per_s == pytest.approx(dict.fromkeys(DEVICES, 0.25 * CORE), rel=calibration.CLOSE_ENOUGH)
+
+
+def test_paced_devices_leave_the_machine_headroom() -> None:
+    """Four at 0.25 of a core each are 1.0 of 2 cores, or of however many there are: time is dilated to leave half."""
+    cores, cluster = os.cpu_count() or 1, library.load("emu-4-50mbit").cluster
+    alone = decide(cluster, frozenset(), dict.fromkeys(DEVICES, cores / 4), 1e9, headroom=2.0)
+    assert alone.dilation == pytest.approx(2.0 * cores / (cores - 0.25))
+    one = decide(cluster, frozenset(), {"device0": 1.0}, 1e9, headroom=2.0)
+    assert one.shares["device0"] <= 0.5 and one.dilation >= 2.0
 
 
 def test_a_socket_takes_what_its_link_carries_meanwhile() -> None:
