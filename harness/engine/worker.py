@@ -37,8 +37,9 @@ Payload = Tensor | Bundle | Saved | None
 STOP_S = 10
 #: The first is watched, which takes memory in another order than a run does; the second is as a run.
 REHEARSALS = 2
-#: Of what a paced device computes, the share by which it may be late before it is not that device any more.
-MOST_LATE = 0.10
+#: Of what a paced device computes, the share by which it may be late before it is not that device any more: in the
+#: rehearsal, which is one iteration and warms up, and in the whole run.
+MOST_LATE_AT_FIRST, MOST_LATE = 0.5, 0.10
 
 
 @dataclass
@@ -136,7 +137,7 @@ class Worker:
             if number == 0:
                 self._late_s = 0.0
                 self._busy[COMPUTE] = 0.0
-        self._check_pace("in the iteration before the run")
+        self._check_pace("in the iteration before the run", MOST_LATE_AT_FIRST)
         gradients = self._gradient_storages
         moving = {
             "moving": max(tracker.levels()),
@@ -176,7 +177,7 @@ class Worker:
                 spans.append((began - origin, time.perf_counter() - origin))
                 self.progress(step + 1)
             phases.append(PhaseTimes(tuple(spans), sum(self._sent.values()) - sent))
-        self._check_pace("in the run")
+        self._check_pace("in the run", MOST_LATE)
         return DeviceReport(
             device=self.device,
             losses=tuple(losses),
@@ -247,9 +248,9 @@ class Worker:
             else:
                 self._late_s -= left
 
-    def _check_pace(self, when: str) -> None:
+    def _check_pace(self, when: str, most: float) -> None:
         busy = self._busy[COMPUTE]
-        if self._late_s > MOST_LATE * (busy - self._late_s):
+        if self._late_s > most * (busy - self._late_s):
             raise OrreryError(
                 f"{self.device} computed for {busy:.3g} s {when}, {self._late_s / (busy - self._late_s):.0%} longer "
                 "than the device that it plays. Is the machine busy? Run again when it is quiet, on one with more "
