@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
@@ -122,6 +122,7 @@ class Costs:
     `inputs` are the tensors that every device reads from its own copy of the data, by sample id.
     `measured[table][direction]` holds, per unit (chain, then local), measured seconds as ((rows, seconds), ...);
     `measured[table]["update"]` likewise the optimizer's update, which does not depend on rows.
+    `loaded` are those of the inputs that a cache of the frozen part's results provides (see `cached`).
     `core_flops_per_s[table]` is what a core of the measured machine did at that time (see `harness.profile.core`).
     `key` identifies the content: same key, same costs.
     """
@@ -135,6 +136,45 @@ class Costs:
     training: bool
     measured: dict[str, dict[str, tuple[tuple[tuple[int, float], ...], ...]]] = field(default_factory=dict, hash=False)
     core_flops_per_s: dict[str, float] = field(default_factory=dict, hash=False)
+    loaded: tuple[str, ...] = ()
+
+    @cached_property
+    def cacheable(self) -> tuple[str, ...]:
+        """What the frozen part in front of everything trained hands to the rest, and thus what a cache must hold."""
+        return tuple(
+            name
+            for unit in self.units
+            if self._frozen(unit)
+            for name in unit.writes
+            if any(name in other.reads and not self._frozen(other) for other in self.units)
+        )
+
+    @cached_property
+    def cached(self) -> Costs:
+        """The same chain where a cache has what is `cacheable`: frozen units are empty, their tensors inputs."""
+        empty = [self._frozen(unit) for unit in self.units]
+        measured = {
+            table: {
+                direction: tuple(
+                    ((1, 0.0),) if place < len(empty) and empty[place] else points
+                    for place, points in enumerate(columns)
+                )
+                for direction, columns in directions.items()
+            }
+            for table, directions in self.measured.items()
+        }
+        return replace(
+            self,
+            key=f"{self.key}-cached",
+            units=tuple(_emptied(unit) if gone else unit for unit, gone in zip(self.units, empty, strict=True)),
+            inputs=(*self.inputs, *self.cacheable),
+            loaded=self.cacheable,
+            measured=measured,
+        )
+
+    def _frozen(self, unit: UnitCost) -> bool:
+        """Whether nothing is trained in the unit or in front of it."""
+        return self.training and not any(self.tensors[name].needs_grad for name in unit.writes)
 
     @cached_property
     def layers(self) -> tuple[tuple[int, int], ...]:
@@ -339,6 +379,12 @@ class Costs:
         local = {unit.name: len(self.units) + i for i, unit in enumerate(self.local_units)}
         indices = [*range(first, last), *(local[u.name] for u in self.locals_of(first, last))]
         return sum(_interpolate(columns[i], rows) for i in indices)
+
+
+def _emptied(unit: UnitCost) -> UnitCost:
+    """The unit where nobody runs it."""
+    nothing = Affine()
+    return UnitCost(unit.name, unit.layer, unit.kind, (), (), Work(), Work(), nothing, (), nothing, nothing, ())
 
 
 def _rated_seconds(device: Device, work: Work, direction: str, rows: int) -> float:

@@ -73,10 +73,19 @@ def sample_order(num_samples: int, epoch: int, seed: int) -> list[int]:
 
 
 def batches(workload: Workload) -> Iterator[list[int]]:
-    """The sample ids of each iteration, epoch after epoch without end, each epoch in an order of its own."""
-    for epoch in count():
-        order = sample_order(workload.num_samples, epoch, workload.seed)
-        yield from (order[i : i + workload.batch_size] for i in range(0, len(order), workload.batch_size))
+    """The sample ids of each iteration, epoch after epoch without end, each epoch in an order of its own.
+
+    Batches are formed once, so that what a device has cached of its rows serves it in every epoch; then it is the whole
+    ones that are shuffled.
+    """
+    size = workload.batch_size
+    order = sample_order(workload.num_samples, 0, workload.seed)
+    formed = [order[i : i + size] for i in range(0, len(order), size)]
+    yield from formed
+    whole = len(order) // size
+    for epoch in count(1):
+        yield from (formed[i] for i in sample_order(whole, epoch, workload.seed))
+        yield from formed[whole:]
 
 
 def load(workload: Workload, data_dir: Path | None = None) -> Dataset:

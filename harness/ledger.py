@@ -35,16 +35,21 @@ class Ledger:
         self._live: list[np.ndarray] = [np.zeros(len(KINDS), dtype=np.int64) for _ in devices]
 
     def add(
-        self, graph: Graph, start: Sequence[int], end: Sequence[int], workspace: Mapping[int, tuple[int, int]]
+        self,
+        graph: Graph,
+        start: Sequence[int],
+        end: Sequence[int],
+        workspace: Mapping[int, tuple[int, int]],
+        before: int = 0,
     ) -> None:
-        """One iteration, whose node n ran from start[n] to end[n].
+        """One iteration, whose node n ran from start[n] to end[n]. `before`: when all earlier ones had ended.
 
         `workspace[n]`: bytes of activations and of gradients at its worst moment beyond those before and after it.
         """
         rows: list[tuple[int, int, int, int]] = []
         live = [np.zeros(len(KINDS), dtype=np.int64) for _ in self._devices]
         left = [np.zeros(len(KINDS), dtype=np.int64) for _ in self._devices]
-        began = self._began(graph, start)
+        began = self._began(graph, start, before)
         for entry in graph.allocations:
             device, kind = entry.device, _KIND_INDEX[entry.kind]
             if entry.taken < 0:
@@ -61,21 +66,22 @@ class Ledger:
                 if nbytes:
                     rows.append((start[node], graph.device[node], kind, nbytes))
                     rows.append((end[node], graph.device[node], kind, -nbytes))
-        for device, (before, after) in enumerate(zip(self._live, live, strict=True)):
-            for number in np.flatnonzero(before != after).tolist():
-                rows.append((began[device], device, number, int(after[number] - before[number])))
+        for device, (held, holds) in enumerate(zip(self._live, live, strict=True)):
+            for number in np.flatnonzero(held != holds).tolist():
+                rows.append((began[device], device, number, int(holds[number] - held[number])))
         self._live = left
         if rows:
             self._columns.append(np.array(rows, dtype=np.int64))
 
-    def _began(self, graph: Graph, start: Sequence[int]) -> list[int]:
-        """When each device takes what it holds: in the first phase at once, later with its first action."""
-        began: dict[int, int] = {}
+    def _began(self, graph: Graph, start: Sequence[int], before: int) -> list[int]:
+        """When each device takes what it holds: in the first phase at once, later with its first action, if any."""
         if self._columns:
+            began: dict[int, int] = {}
             for queue, node in graph.begins.items():
                 device = queue // len(QUEUES)
                 began[device] = min(start[node], began.get(device, start[node]))
-        return [began.get(device, 0) for device in range(len(self._devices))]
+            return [began.get(device, before) for device in range(len(self._devices))]
+        return [0] * len(self._devices)
 
     def settle(self) -> Peaks:
         rows = np.concatenate(self._columns) if self._columns else np.zeros((0, 4), dtype=np.int64)

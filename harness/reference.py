@@ -50,7 +50,7 @@ def train(plan: Plan, workload: Workload, dataset: Dataset) -> Reference:
     losses: list[float] = []
     orders = batches(workload)
     for phase in plan.phases:
-        for _ in range(phase.repeat):
+        for _ in range(phase.repeat if phase.shards else 0):
             loss = _loss(phase, layered, dataset, masks, len(losses), next(orders)) / phase.batch_size
             optimizer.zero_grad()
             loss.backward()
@@ -62,11 +62,11 @@ def train(plan: Plan, workload: Workload, dataset: Dataset) -> Reference:
 
 
 def state(root: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Weights by name, and `name/key` for what an optimizer keeps of each; without what is on "meta"."""
+    """Weights by name, and `name/key` for what an optimizer keeps of each; without what is on "meta", or released."""
     kept = {id(p): entries for optimizer in optimizers for p, entries in optimizer.state.items()}
     found: dict[str, Tensor] = {}
     for name, parameter in root.named_parameters():
-        if not parameter.is_meta:
+        if not parameter.is_meta and parameter.numel():
             found[name] = parameter.detach()
             for key, value in kept.get(id(parameter), {}).items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:

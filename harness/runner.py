@@ -207,7 +207,7 @@ def make_plan(request: Request, found: dict[str, Any] | None = None) -> tuple[Co
         about = {
             "planning_time_s": seconds,
             "plan": plain(dict(plan.summary)),
-            "micro_batch_size": max(max(phase.micro_batches) for phase in plan.phases),
+            "micro_batch_size": max(max(phase.micro_batches) for phase in plan.phases if phase.shards),
         }
     except InvalidPlan as error:
         raise OrreryError(f"The plan of {request.method.name} is not valid: {error}.") from error
@@ -264,7 +264,7 @@ def _must_fit_the_question(plan: Plan, costs: Costs, request: Request) -> None:
     """A plan from a file may have been made for another model, testbed or amount of data."""
     cluster, workload = request.testbed.cluster, request.workload
     strangers = [device for device in plan.devices if device not in cluster.names]
-    samples = sum(phase.batch_size * phase.repeat for phase in plan.phases)
+    samples = sum(phase.batch_size * phase.repeat for phase in plan.phases if phase.shards)
     if strangers:
         found = f"uses {', '.join(strangers)}, and {cluster.name} has {', '.join(cluster.names)}"
     elif plan.num_units != len(costs.units):

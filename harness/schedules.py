@@ -17,15 +17,17 @@ from harness.plan import (
     Commit,
     Compute,
     Free,
+    Load,
     Phase,
     Recv,
     Send,
     Shard,
     Step,
+    Store,
     Tensor,
     Value,
 )
-from harness.plan.values import Range
+from harness.plan.values import Range, saved_name
 from harness.workload import OPTIMIZER_STATE_COPIES
 
 
@@ -78,13 +80,19 @@ def one_f_one_b(warmup: int, count: int) -> Iterator[tuple[str, int]]:
 class Pipeline:
     """Stages in order over `costs`; builds the phase of a batch and the tensors its values name.
 
-    With `clip` every update reads the square of the norm of all gradients together.
+    With `clip` every update reads the square of the norm of all gradients together. With `store` every device stores
+    what it makes of `costs.cacheable`. With `costs.cached` every device loads that; then there is one stage, and its
+    weights are grouped as those of earlier stages over the units of `regions` were, with the parameters `apart` as
+    values of their own, as ones that several of those stages held.
     """
 
     costs: Costs
     stages: tuple[Stage, ...]
     optimizer: str = "sgd"
     clip: bool = False
+    store: bool = False
+    regions: tuple[Range, ...] = ()
+    apart: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         edges = [stage.units for stage in self.stages]
@@ -121,19 +129,48 @@ class Pipeline:
             cache[stage.units, count] = stage.rows(count)
         return cache[stage.units, count]
 
-    def kept_outputs(self, stage: Stage) -> list[str]:
-        """What the stage makes for the next one and itself keeps for its backward pass."""
+    def stored(self, stage: Stage) -> list[str]:
+        """What the stage makes and stores."""
+        made = {name for unit in self.costs.units[slice(*stage.units)] for name in unit.writes}
+        return [name for name in self.costs.cacheable if name in made] if self.store else []
+
+    def outputs(self, stage: Stage) -> list[str]:
+        """What the stage makes that is a value of its own: for the next one, or to be stored."""
         first, last = stage.units
-        kept = self.costs.saves(first, last) if self.costs.training else frozenset()
-        return [name for name in self.costs.carried(last) if name in kept and name not in self.costs.carried(first)]
+        leaving = [name for name in self.costs.carried(last) if name not in self.costs.carried(first)]
+        return [*leaving, *(name for name in self.stored(stage) if name not in leaving)]
+
+    def loaded(self, stage: Stage) -> list[str]:
+        """What the stage reads from the cache."""
+        read = {name for unit in self.costs.units[slice(*stage.units)] for name in unit.reads}
+        return [name for name in self.costs.loaded if name in read]
+
+    @property
+    def cached(self) -> bool:
+        return bool(self.costs.loaded)
+
+    def kept_outputs(self, stage: Stage) -> list[str]:
+        """What the stage makes as a value and itself keeps for its backward pass."""
+        kept = self.costs.saves(*stage.units) if self.costs.training else frozenset()
+        return [name for name in self.outputs(stage) if name in kept]
 
     def groups(self, stage: Stage) -> list[tuple[str, tuple[str, ...], tuple[str, ...]]]:
-        """The stage's weights as (suffix of the value names, parameters, devices with a copy), tied ones last."""
-        first, last = stage.units
-        names = self.costs.parameters_of(first, last)
-        own = tuple(name for name in names if name not in self.tied)
-        groups = [(f"@{first}:{last}", own, stage.devices)] if own else []
-        return groups + [(f":{name}", (name,), self.tied[name]) for name in sorted(set(names) & set(self.tied))]
+        """The stage's weights as (name of the value, parameters, devices with a copy), tied ones last.
+
+        Where some are trained and others are not, each have a value of their own.
+        """
+        found = []
+        names = self.costs.parameters_of(*stage.units)
+        single = {*self.tied, *self.apart}
+        for first, last in self.regions or (stage.units,):
+            own = [name for name in self.costs.parameters_of(first, last) if name not in single]
+            trained = tuple(name for name in own if self.costs.parameters[name].trainable)
+            frozen = tuple(name for name in own if not self.costs.parameters[name].trainable)
+            if trained and frozen:
+                found.append((f"frozen@{first}:{last}", frozen, stage.devices))
+            if own:
+                found.append((f"weights@{first}:{last}", trained or frozen, stage.devices))
+        return found + [(f"weights:{n}", (n,), self.tied.get(n, stage.devices)) for n in sorted(set(names) & single)]
 
     def _numel(self, names: Sequence[str], trainable: bool) -> int:
         return sum(p.numel for p in map(self.costs.parameters.__getitem__, names) if p.trainable or not trainable)
@@ -145,26 +182,26 @@ class Pipeline:
         copies = OPTIMIZER_STATE_COPIES[self.optimizer]
         for stage in self.stages:
             first, last = stage.units
-            for suffix, names, _ in self.groups(stage):
+            for weights, names, _ in self.groups(stage):
                 itemsize = costs.parameters[names[0]].itemsize
-                tensors[f"weights{suffix}"] = Tensor("weights", 1, self._numel(names, False), itemsize)
+                tensors[weights] = Tensor("weights", 1, self._numel(names, False), itemsize)
                 trained = self._numel(names, True)
                 if costs.training and trained:
-                    tensors[f"gradients{suffix}"] = Tensor("gradients", 1, trained, itemsize)
+                    tensors[gradients_of(weights)] = Tensor("gradients", 1, trained, itemsize)
                     if copies:
-                        tensors[f"optimizer{suffix}"] = Tensor("optimizer", 1, trained * copies, itemsize)
+                        tensors[state_of(weights)] = Tensor("optimizer", 1, trained * copies, itemsize)
             if buffers := costs.buffers_bytes(first, last):
                 tensors[f"buffers@{first}:{last}"] = Tensor("buffers", 1, buffers)
             if costs.training:
                 saved = costs.saved(first, last)
                 values = sum(costs.tensors[name].bytes(1) for name in self.kept_outputs(stage))
-                tensors[f"saved@{first}:{last}"] = Tensor(
+                tensors[saved_name(first, last, self.cached)] = Tensor(
                     "activations", 1, int(saved.per_row) - values, per_row=True, fixed_bytes=int(saved.fixed)
                 )
-            for name in costs.carried(first):
+            for name in (*self.stored(stage), *self.loaded(stage), *costs.carried(first)):
                 cost = costs.tensors[name]
                 tensors[name] = Tensor("activations", cost.tokens, cost.width, cost.itemsize, per_row=True)
-                if costs.training and cost.needs_grad:
+                if costs.training and cost.needs_grad and name in costs.carried(first):
                     tensors[f"grad:{name}@{first}"] = tensors[name]
         if self.clip and any(tensor.kind == "gradients" for tensor in tensors.values()):
             tensors["norm"] = Tensor("buffers", 1, 1, 4)
@@ -197,6 +234,7 @@ class Pipeline:
             },
             repeat=repeat,
             training=self.costs.training,
+            cached=self.cached,
         )
 
 
@@ -216,15 +254,19 @@ class _Worker:
         self.leaving = self.costs.carried(self.last) if self.behind else ()
         groups = pipeline.groups(self.stage)
         tensors = pipeline.tensors
-        self.weights = tuple(Value(f"weights{suffix}") for suffix, _, _ in groups)
-        self.state = tuple(Value(n) for s, _, _ in groups if (n := f"optimizer{s}") in tensors)
+        self.weights = tuple(Value(weights) for weights, _, _ in groups)
+        self.state = tuple(Value(n) for w, _, _ in groups if (n := state_of(w)) in tensors)
         self.buffers = tuple(Value(n) for n in (f"buffers{self.tag}",) if n in tensors)
-        self.gradients = [(Value(n), devices) for s, _, devices in groups if (n := f"gradients{s}") in tensors]
-        self.trained = tuple(Value(f"weights{s}") for s, _, _ in groups if f"gradients{s}" in tensors)
+        self.gradients = [(Value(n), devices) for w, _, devices in groups if (n := gradients_of(w)) in tensors]
+        self.trained = tuple(Value(w) for w, _, _ in groups if gradients_of(w) in tensors)
         self.live = self.weights + self.state + self.buffers
         self.read = {name for unit in self.costs.units[self.first : self.last] for name in unit.reads}
         kept = self.costs.saves(self.first, self.last) if self.costs.training else frozenset()
-        self.kept = [*(name for name in self.entering if name in kept), *pipeline.kept_outputs(self.stage)]
+        self.outputs, self.stored, self.loaded = (
+            f(self.stage) for f in (pipeline.outputs, pipeline.stored, pipeline.loaded)
+        )
+        entering = (*self.entering, *self.loaded)
+        self.kept = [*(name for name in entering if name in kept), *pipeline.kept_outputs(self.stage)]
 
     def iteration(self, warmup: int) -> Iterator[Action]:
         if not self.costs.training:
@@ -264,7 +306,7 @@ class _Worker:
             yield Send(Value(name, m, rows), device)
 
     def _saved(self, m: int) -> Value:
-        return Value(f"saved{self.tag}", m, self.rows[m])
+        return Value(saved_name(self.first, self.last, self.pipeline.cached), m, self.rows[m])
 
     def _held_for_backward(self, m: int) -> tuple[Value, ...]:
         return tuple(Value(name, m, self.rows[m]) for name in self.kept)
@@ -276,20 +318,23 @@ class _Worker:
         if self.before:
             for name in self.entering:
                 yield from self._receive(name, self.before, m)
-        made = tuple(Value(name, m, rows) for name in self.leaving if name not in self.entering)
+        loaded = tuple(Value(name, m, rows) for name in self.loaded)
+        yield from map(Load, loaded)
+        made = tuple(Value(name, m, rows) for name in self.outputs)
         yield Compute(
             (self.first, self.last),
             FORWARD,
             m,
             rows,
             self.weights + self.buffers,
-            reads=tuple(Value(name, m, rows) for name in self.entering if name in self.read),
+            reads=(*(Value(name, m, rows) for name in self.entering if name in self.read), *loaded),
             writes=made + ((self._saved(m),) if training else ()),
         )
         if self.behind:
             for name in self.leaving:
                 yield from self._distribute(name, self.behind, m)
-        handled = (*made, *(Value(name, m, rows) for name in self.entering))
+        yield from (Store(Value(name, m, rows)) for name in self.stored)
+        handled = (*made, *loaded, *(Value(name, m, rows) for name in self.entering))
         if spent := tuple(value for value in handled if value.name not in self.kept):
             yield Free(spent)
 
@@ -355,6 +400,16 @@ class _Worker:
             return norm
         yield Collective("all-reduce", norm, next_version(norm), everybody)
         return next_version(norm)
+
+
+def gradients_of(weights: str) -> str:
+    """The name of the gradients of the value `weights...`."""
+    return "gradients" + weights.removeprefix("weights")
+
+
+def state_of(weights: str) -> str:
+    """The name of the optimizer's state of the value `weights...`."""
+    return "optimizer" + weights.removeprefix("weights")
 
 
 def next_version(value: Value) -> Value:

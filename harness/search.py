@@ -64,21 +64,44 @@ def balanced_cuts(
     return ranges[::-1]
 
 
+def layer_stacks(costs: Costs) -> list[str]:
+    """Of each layer the stack that it belongs to: "encoder" or "decoder", which the head joins; else all are one."""
+    stacks: list[str] = []
+    for first, _ in costs.layers:
+        stack = costs.units[first].name.partition(".")[0]
+        stacks.append(stack if stack in ("encoder", "decoder") else stacks[-1] if stacks else "")
+    return stacks
+
+
 def straight_stages(
-    workload: Workload, costs: Costs, cluster: Cluster, rows: int, warmup: Callable[[int], Sequence[int]]
+    workload: Workload,
+    costs: Costs,
+    cluster: Cluster,
+    rows: int,
+    warmup: Callable[[int], Sequence[int]],
+    whole_stacks: bool = False,
 ) -> list[Stage]:
     """One stage per device in rank order, balanced by time among the cuts that fit the devices' memory.
 
-    Where no cut seems to fit, the balanced one is taken: what it lacks is for the simulator to say.
+    Where no cut seems to fit, the balanced one is taken: what it lacks is for the simulator to say. With `whole_stacks`
+    a stage of several has layers of the encoder or of the decoder, as far as there are stages for both.
     """
     count = len(micro_batches(workload.batch_size, rows))
     in_flight = [min(ahead, count) for ahead in warmup(count)]
+    stacks = layer_stacks(costs)
+    of_unit = [stack for (first, last), stack in zip(costs.layers, stacks, strict=True) for _ in range(first, last)]
+    whole = whole_stacks and 1 < len(set(stacks)) <= len(cluster.devices)
 
     def memory(stage: int, first: int, last: int) -> float:
+        if whole and of_unit[first] != of_unit[last - 1]:
+            return float("inf")
         return stage_bytes(costs, workload.optimizer, first, last, rows, in_flight[stage])
 
+    def shape(stage: int, first: int, last: int) -> float:
+        return float("inf") if whole and of_unit[first] != of_unit[last - 1] else 0.0
+
     cuts = balanced_cuts(costs, cluster, cluster.names, rows, memory) or balanced_cuts(
-        costs, cluster, cluster.names, rows
+        costs, cluster, cluster.names, rows, shape
     )
     assert cuts is not None
     return [Stage(units, (device,), (1,)) for units, device in zip(cuts, cluster.names, strict=True)]
@@ -114,10 +137,11 @@ def plan_pipeline(
     cluster: Cluster,
     layout: Callable[[int], Layout],
     options: Mapping[str, object],
+    store: bool = False,
 ) -> Plan:
     """The fastest plan that fits among the micro-batch sizes: the same search for every method.
 
-    `layout(micro-batch size)` is what the method decides.
+    `layout(micro-batch size)` is what the method decides. With `store` what the frozen part makes is stored.
     `options["micro_batch_size"]` fixes the size. Ties go to the larger micro-batch.
     Raises OutOfMemory when none fits: the worst device of the candidate that misses least.
     """
@@ -126,7 +150,7 @@ def plan_pipeline(
     reasons: list[Unsupported] = []
     for size in micro_batch_sizes(workload.batch_size, options.get("micro_batch_size")):
         try:
-            plan = _plan(method, workload, costs, size, *layout(size))
+            plan = _plan(method, workload, costs, size, *layout(size), store)
         except Unsupported as reason:
             reasons.append(reason)
             continue
@@ -169,8 +193,9 @@ def _plan(
     size: int,
     stages: Sequence[Stage],
     warmup: Callable[[int], Sequence[int]],
+    store: bool,
 ) -> Plan:
-    pipeline = Pipeline(costs, tuple(stages), workload.optimizer, clip=workload.clip_norm is not None)
+    pipeline = Pipeline(costs, tuple(stages), workload.optimizer, clip=workload.clip_norm is not None, store=store)
     built: dict[tuple[int, int], Phase] = {}
     phases: list[Phase] = []
     kind = "train" if costs.training else "infer"

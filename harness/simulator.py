@@ -19,7 +19,7 @@ from harness.costs import Costs
 from harness.errors import OrreryError
 from harness.garbage import no_collection
 from harness.ledger import Ledger
-from harness.plan.actions import COMPUTE, NIC_IN, QUEUE_OF, QUEUES, Combine, Compute, Load, Send, Step, Store
+from harness.plan.actions import COMPUTE, NIC_IN, QUEUE_OF, QUEUES, STORAGE, Combine, Compute, Load, Send, Step, Store
 from harness.plan.flow import link
 from harness.plan.graph import Graph, check_order
 from harness.plan.plan import Phase, Plan
@@ -34,9 +34,10 @@ LONGEST_CYCLE = 4
 
 @dataclass
 class _State:
-    """When each queue, carried value and medium is free. Picoseconds."""
+    """When each queue, carried value and medium is free, and when each device began the last iteration. Picoseconds."""
 
     queue: list[int]
+    begun: list[int]
     live: dict[tuple[int, str], int] = field(default_factory=dict)
     medium: dict[str, int] = field(default_factory=dict)
 
@@ -52,6 +53,7 @@ class _State:
         """Move everything that the phase touches later by `by`."""
         for queue in (*graph.ends, *graph.receiving):
             self.queue[queue] += by
+        self.begun = [time + by for time in self.begun]
         for key in graph.live_writers:
             self.live[key] += by
         for medium in media:
@@ -61,7 +63,8 @@ class _State:
         return np.array(
             [self.queue[q] for q in (*graph.ends, *graph.receiving)]
             + [self.live[k] for k in graph.live_writers]
-            + [self.medium[m] for m in media],
+            + [self.medium[m] for m in media]
+            + (self.begun if graph.loads else []),
             dtype=np.int64,
         )
 
@@ -93,7 +96,7 @@ def simulate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
 def _simulate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
     prepared: dict[int, _Timed] = {}
     devices = plan.devices
-    state = _State([0] * (len(QUEUES) * len(devices)))
+    state = _State([0] * (len(QUEUES) * len(devices)), [0] * len(devices))
     ledger = Ledger(devices)
     kept: list[_Kept] = []
     busy = [0] * len(state.queue)
@@ -108,7 +111,7 @@ def _simulate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
         began = now
         lengths: list[float] = []
         for iteration, before, start, end in _iterations(timed, state):
-            ledger.add(timed.graph, start, end, timed.workspace)
+            ledger.add(timed.graph, start, end, timed.workspace, before)
             if iteration < EVENTS_KEPT and not seen:
                 kept.append(_Kept(timed, number, iteration, start, end))
             ended = max(map(int.__add__, end, timed.latency), default=before)
@@ -157,8 +160,8 @@ def estimate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
     return simulate(replace(plan, phases=short), costs, cluster)
 
 
-def compute_seconds(plan: Plan, costs: Costs, cluster: Cluster) -> list[dict[str, dict[int, float]]]:
-    """Of every phase: what each node of each device's compute queue takes. Raises as `simulate` does."""
+def own_seconds(plan: Plan, costs: Costs, cluster: Cluster) -> list[dict[str, dict[int, float]]]:
+    """Of every phase the seconds of each node that a device does by itself: computes or stores. Raises as `simulate`."""
     found: dict[int, dict[str, dict[int, float]]] = {}
     for phase in plan.phases:
         if id(phase) in found:
@@ -166,7 +169,7 @@ def compute_seconds(plan: Plan, costs: Costs, cluster: Cluster) -> list[dict[str
         timed = _time(phase, plan, costs, cluster)
         graph, seconds = timed.graph, found.setdefault(id(phase), {device: {} for device in plan.devices})
         for node, action in enumerate(graph.actions):
-            if node not in graph.unqueued and QUEUE_OF[type(action)] == COMPUTE:
+            if node not in graph.unqueued and QUEUE_OF[type(action)] in (COMPUTE, STORAGE):
                 seconds[graph.devices[graph.device[node]]][node] = timed.duration[node] / PICOSECONDS
     return [found[id(phase)] for phase in plan.phases]
 
@@ -174,6 +177,7 @@ def compute_seconds(plan: Plan, costs: Costs, cluster: Cluster) -> list[dict[str
 def _time(phase: Phase, plan: Plan, costs: Costs, cluster: Cluster) -> _Timed:
     """Link the phase and give every node its duration."""
     graph = link(phase, plan.tensors, plan.devices)
+    costs = costs.cached if phase.cached else costs
     devices = [cluster.device(name) for name in graph.devices]
     links = {
         (a, b): cluster.link(graph.devices[a], graph.devices[b])
@@ -255,6 +259,8 @@ def _iteration(timed: _Timed, state: _State) -> tuple[list[int], list[int]]:
     waits = graph.waits.copy()
     for queue, node in graph.begins.items():
         earliest[node] = max(earliest[node], state.queue[queue])
+    for node in graph.loads:
+        earliest[node] = max(earliest[node], state.begun[graph.device[node]])
     for node, device, name in graph.live_readers:
         earliest[node] = max(earliest[node], state.live.get((device, name), 0))
     ready = [node for node, count in enumerate(waits) if count == 0]
@@ -298,6 +304,7 @@ def _iteration(timed: _Timed, state: _State) -> tuple[list[int], list[int]]:
         release(then[node], done + latency[node])
     if any(waits):
         check_order(graph, f"phase {timed.phase.name!r}")
+    state.begun = issued
     for queue, node in graph.ends.items():
         state.queue[queue] = end[node]
     for key, node in graph.live_writers.items():

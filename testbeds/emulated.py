@@ -25,7 +25,7 @@ from harness.plan.serial import to_json
 from harness.profile.measure import LOCAL, on_this_machine
 from harness.registry import Finding
 from harness.samples import Dataset
-from harness.simulator import compute_seconds, estimate
+from harness.simulator import estimate, own_seconds
 from harness.workload import Workload
 from testbeds.emulation import calibration, cgroups, leftovers, namespaces, shaping
 from testbeds.emulation.calibration import Cores, Links
@@ -185,7 +185,7 @@ class Emulation:
         """Per device and phase the seconds of each node of its compute queue, here; empty where nothing is paced."""
         if not self.paced:
             return {}
-        phases = compute_seconds(plan, costs, self.testbed.cluster)
+        phases = own_seconds(plan, costs, self.testbed.cluster)
         return {
             device: [{str(node): s * dilation for node, s in phase[device].items()} for phase in phases]
             for device in plan.devices

@@ -13,10 +13,14 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from harness.engine.dropout import KeyedDropout
 from harness.engine.tensors import Bundle
 from harness.errors import OrreryError
-from harness.models.layered import Layered
+from harness.models.layered import RESULTS, Layered
+from harness.models.shards import fill
 from harness.optimizers import optimizer_for
 from harness.plan import Compute, Plan
 from harness.workload import Workload
+
+#: What torch's optimizers keep of each parameter, in the order in which it travels.
+STATE: dict[str, tuple[str, ...]] = {"sgd-momentum": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,9 @@ class Saved:
 class ModelShard:
     """The units of a model that the plan gives to a device, trained in place.
 
-    Weights are grouped as in the plan: `weights@a:b` are the parameters that the units [a, b) use, `weights:name` is a
-    single one that several stages hold. `gradients...` and `optimizer...` go with them, `buffers@a:b` likewise.
+    Weights are grouped as in the plan: `weights@a:b` are the parameters that the units [a, b) use, or the trained ones
+    of them where `frozen@a:b` are the others; `weights:name` is a single one that several stages hold. `gradients...`
+    and `optimizer...` go with them, `buffers@a:b` likewise.
     """
 
     def __init__(self, layered: Layered, workload: Workload, plan: Plan, device: torch.device) -> None:
@@ -41,7 +46,7 @@ class ModelShard:
             if not tensor.is_meta:
                 tensor.data = tensor.data.to(device)
         self._parameters: dict[str, list[nn.Parameter]] = {}
-        self._optimizers: dict[tuple[str, ...], torch.optim.Optimizer] = {}
+        self._optimizers: dict[str, torch.optim.Optimizer] = {}
 
     def weights(self, name: str) -> list[nn.Parameter]:
         """Parameters of the value `weights...`, in the order in which the units first use them.
@@ -63,10 +68,13 @@ class ModelShard:
         if name.startswith("weights:"):
             wanted = name.removeprefix("weights:")
             return [p for p in self.layered.root.parameters() if first_name[id(p)] == wanted]
-        first, last = map(int, name.removeprefix("weights@").split(":"))
+        kind, _, place = name.partition("@")
+        first, last = map(int, place.split(":"))
         units = self.layered.units[first:last]
         used = {id(p): p for unit in (*self.layered.locals_of(units), *units) for p in unit.parameters()}
-        return [p for p in used.values() if f"weights:{first_name[id(p)]}" not in self.plan.tensors]
+        own = [p for p in used.values() if f"weights:{first_name[id(p)]}" not in self.plan.tensors]
+        apart = f"frozen@{place}" in self.plan.tensors
+        return [p for p in own if not apart or p.requires_grad == (kind == "weights")]
 
     def trained(self, gradient: str) -> list[nn.Parameter]:
         """The parameters whose gradients are the value `gradients...`."""
@@ -83,6 +91,48 @@ class ModelShard:
     def weights_bundle(self, name: str) -> Bundle:
         """The value `weights...` as flat pieces."""
         return Bundle(tuple(p.detach().view(-1) for p in self.weights(name)))
+
+    def adopt(self, name: str, content: Bundle) -> None:
+        """Take over the value `weights...` from a device that has trained it."""
+        first = 0
+        for parameter in self.weights(name):
+            last = first + parameter.numel()
+            (piece,) = content.slice(first, last).pieces
+            if parameter.is_meta:
+                fill(parameter, piece.view(parameter.shape))
+            else:
+                parameter.data.copy_(piece.view(parameter.shape))
+            first = last
+
+    def state_bundle(self, name: str) -> Bundle:
+        """The value `optimizer...` as flat pieces, parameter by parameter."""
+        state = self._optimizers[_gradients(name)].state
+        keys = STATE[self.workload.optimizer]
+        return Bundle(tuple(state[p][key].view(-1) for p in self.trained(_gradients(name)) for key in keys))
+
+    def adopt_state(self, name: str, content: Bundle, updates: int) -> None:
+        """Take over the value `optimizer...` after so many updates; its weights have been taken over before."""
+        optimizer = self._optimizer(_gradients(name))
+        first = 0
+        for parameter in self.trained(_gradients(name)):
+            state = optimizer.state[parameter]
+            if self.workload.optimizer == "adamw":
+                state["step"] = torch.tensor(float(updates))
+            for key in STATE[self.workload.optimizer]:
+                last = first + parameter.numel()
+                (piece,) = content.slice(first, last).pieces
+                state[key] = piece.view(parameter.shape).clone()
+                first = last
+
+    def _optimizer(self, gradients: str) -> torch.optim.Optimizer:
+        if gradients not in self._optimizers:
+            self._optimizers[gradients] = optimizer_for(self.workload, self.trained(gradients))
+        return self._optimizers[gradients]
+
+    def release(self, name: str) -> None:
+        """Let go of the value `weights...` or `frozen...`: nothing uses it any more."""
+        for parameter in self.weights(name):
+            parameter.data = parameter.data.new_empty(0)
 
     def gradients(self, name: str) -> Bundle:
         """The value `gradients...` as flat pieces; autograd adds to this very memory until they are dropped."""
@@ -122,7 +172,8 @@ class ModelShard:
         draws = self.workload.training and self.workload.dropout != 0
         masks = self.masks.samples(step, sample_ids) if draws else nullcontext()
         with torch.set_grad_enabled(self.workload.training), masks:
-            made = self.layered.run(first, last, values, entering=self.masks.enter)
+            wanted = {*RESULTS, *(value.name for value in action.writes)}
+            made = self.layered.run(first, last, values, entering=self.masks.enter, wanted=wanted)
         roots = {
             name: get_gradient_edge(tensor)
             for name, tensor in made.items()
@@ -165,10 +216,8 @@ class ModelShard:
             assert self.workload.clip_norm is not None
             scale = (self.workload.clip_norm / (square_norm.sqrt() + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([self._gradient(p) for p in parameters], scale.squeeze(0))
-        key = tuple(gradients)
-        if key not in self._optimizers:
-            self._optimizers[key] = optimizer_for(self.workload, parameters)
-        self._optimizers[key].step()
+        for name in gradients:
+            self._optimizer(name).step()
 
     def standing_bytes(self) -> dict[str, int]:
         """Bytes that stay from iteration to iteration, by kind."""
@@ -179,3 +228,8 @@ class ModelShard:
             "optimizer": [t for state in states for t in state.values() if isinstance(t, Tensor)],
         }
         return {kind: sum(t.numel() * t.itemsize for t in held) for kind, held in tensors.items()}
+
+
+def _gradients(state: str) -> str:
+    """The name of the gradients of the value `optimizer...`."""
+    return "gradients" + state.removeprefix("optimizer")

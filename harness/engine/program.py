@@ -6,21 +6,21 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from harness.plan.actions import NIC_OUT, QUEUES, Action, Collective, Combine, Load, Recv, Send, Store
+from harness.plan.actions import COMPUTE, NIC_OUT, QUEUES, STORAGE, Action, Collective, Combine, Load, Recv, Send
 from harness.plan.flow import link
 from harness.plan.graph import Graph, check_order
 from harness.plan.plan import Phase, Plan
-from harness.plan.values import Value
+from harness.plan.values import Range, Value
 
 
 @dataclass(frozen=True)
 class Program:
     """The device's nodes of the phase's graph.
 
-    `actions[node]`; a transfer that comes in is a `Recv`. `compute` and `sends` are in list order, `receives[source]`
-    in the order in which the source sends. `waits[node]`: how many of the device's nodes must have ended before;
-    `then[node]`: those that wait for it. `unqueued` nodes join no queue: they run as soon as they may, `at_once` those
-    that wait for nothing.
+    `actions[node]`; a transfer that comes in is a `Recv`. `compute`, `sends` and `storage` are in list order,
+    `receives[source]` in the order in which the source sends. `waits[node]`: how many of the device's nodes must have
+    ended before; `then[node]`: those that wait for it. `unqueued` nodes join no queue: they run as soon as they may,
+    `at_once` those that wait for nothing.
     `freed`: values that are let go, `holds[i]` is how many nodes must have ended before `freed[i]` is, `held_by[node]`
     are those that the node holds. `ahead`: nodes that must have ended before the next iteration begins: they make what
     it begins with, or bring what the peers have sent in this one. `nbytes[node]` of a transfer.
@@ -32,6 +32,7 @@ class Program:
     actions: dict[int, Action]
     compute: tuple[int, ...]
     sends: tuple[int, ...]
+    storage: tuple[int, ...]
     receives: dict[str, tuple[int, ...]]
     unqueued: frozenset[int]
     at_once: tuple[int, ...]
@@ -46,8 +47,8 @@ class Program:
     lands: dict[int, Value]
 
     @property
-    def storage(self) -> list[Action]:
-        return [action for action in self.actions.values() if isinstance(action, (Load, Store))]
+    def loads(self) -> list[Value]:
+        return [action.value for node in self.storage if isinstance(action := self.actions[node], Load)]
 
 
 def programs(plan: Plan, device: str) -> list[Program]:
@@ -59,6 +60,12 @@ def programs(plan: Plan, device: str) -> list[Program]:
             check_order(graph, f"phase {phase.name!r}")
             made[id(phase)] = program(graph, phase, device)
     return [made[id(phase)] for phase in plan.phases]
+
+
+def held_units(plan: Plan, device: str) -> Range:
+    """The units whose weights the device has from the start. Those of cached phases it has already, or is sent."""
+    ranges = [p.shards[device].units for p in plan.phases if device in p.shards and not p.cached]
+    return min(first for first, _ in ranges), max(last for _, last in ranges)
 
 
 def peers(mine: Sequence[Program]) -> tuple[set[str], set[str]]:
@@ -98,7 +105,8 @@ def program(graph: Graph, phase: Phase, device: str) -> Program:
         device=device,
         phase=phase,
         actions=actions,
-        compute=tuple(_queue(graph, me, "compute")),
+        compute=tuple(_queue(graph, me, COMPUTE)),
+        storage=tuple(_queue(graph, me, STORAGE)),
         sends=sends,
         receives=receives,
         unqueued=frozenset(graph.unqueued & own),

@@ -23,12 +23,28 @@ class PhaseTimes:
 
 
 @dataclass(frozen=True)
+class PhaseMemory:
+    """`standing[kind]`: bytes that stay from iteration to iteration. `moving`: the most that one iteration makes
+    besides: "moving" all together, "gradients" and "activations" alone.
+    """
+
+    standing: Mapping[str, int]
+    moving: Mapping[str, int]
+
+    @property
+    def peak(self) -> int:
+        return sum(self.standing.values()) + self.moving["moving"]
+
+    def of(self, kind: str) -> int:
+        return self.standing.get(kind, 0) + (self.moving.get(kind, 0) if kind in KINDS else 0)
+
+
+@dataclass(frozen=True)
 class DeviceReport:
     """One device of a run. `losses`: of each iteration, its rows' part of the mean over the batch.
 
-    `standing_bytes[kind]` stay from iteration to iteration; `moving_bytes` are the most that one iteration makes
-    besides: "moving" all together, "gradients" and "activations" alone. `late_s`: of a device that is paced, by how
-    much its computing took longer than it was to.
+    `memory`: of the first phase, and of the first that reads from a cache. `late_s`: of a device that is paced, by how
+    much its computing took longer than it was to. `recomputed`: entries of its cache that were damaged.
     """
 
     device: str
@@ -37,9 +53,9 @@ class DeviceReport:
     events: tuple[Event, ...]
     busy_s: Mapping[str, float]
     sent_bytes: Mapping[str, int]
-    standing_bytes: Mapping[str, int]
-    moving_bytes: Mapping[str, int]
+    memory: tuple[PhaseMemory, ...]
     late_s: float = 0.0
+    recomputed: int = 0
     process_peak_bytes: int = 0
 
 
@@ -83,17 +99,12 @@ def execution(plan: Plan, reports: Sequence[DeviceReport], training: bool, dilat
         phases=tuple(phases),
         busy_s={report.device: report.busy_s for report in reports},
         link_bytes={(r.device, peer): nbytes for r in reports for peer, nbytes in r.sent_bytes.items()},
-        peak_bytes={r.device: sum(r.standing_bytes.values()) + r.moving_bytes["moving"] for r in reports},
-        memory_bytes={r.device: _by_kind(r) for r in reports},
+        peak_bytes={r.device: max(memory.peak for memory in r.memory) for r in reports},
+        memory_bytes={r.device: {kind: max(m.of(kind) for m in r.memory) for kind in KINDS} for r in reports},
         process_peak_bytes={r.device: r.process_peak_bytes for r in reports},
     )
     losses = tuple(map(sum, zip(*(report.losses for report in reports), strict=True)))
     return Execution(trace, losses if training else (), dilation=dilation)
-
-
-def _by_kind(report: DeviceReport) -> dict[str, int]:
-    moving = {kind: nbytes for kind, nbytes in report.moving_bytes.items() if kind in KINDS}
-    return dict.fromkeys(KINDS, 0) | dict(report.standing_bytes) | moving
 
 
 def _scaled(report: DeviceReport, factor: float) -> DeviceReport:

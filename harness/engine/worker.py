@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -17,14 +18,15 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
+from harness.cache import ActivationCache
 from harness.datasets import batches
 from harness.engine.model_shard import ModelShard, Saved
 from harness.engine.program import Program
-from harness.engine.report import DeviceReport, PhaseTimes
+from harness.engine.report import DeviceReport, PhaseMemory, PhaseTimes
 from harness.engine.tensors import Bundle, buffer, dtype_name, empty_on_host, flat, on_host, part
 from harness.errors import OrreryError, Unsupported
-from harness.plan import Combine, Compute, Plan, Recv, Send, Step, Value
-from harness.plan.actions import COMPUTE, NIC_IN, NIC_OUT, QUEUES, Action
+from harness.plan import Combine, Compute, Load, Phase, Plan, Recv, Send, Step, Store, Value
+from harness.plan.actions import COMPUTE, NIC_IN, NIC_OUT, QUEUES, STORAGE, Action
 from harness.plan.flow import is_piece
 from harness.profile.track import Tracker
 from harness.samples import Dataset
@@ -65,11 +67,28 @@ class Iteration:
         self.admitted = dict.fromkeys(program.receives, 0)
 
 
+class _Ahead:
+    """The sample ids of iterations, and a look at those of the next one."""
+
+    def __init__(self, source: Iterator[list[int]]) -> None:
+        self._source, self._seen = source, deque[list[int]]()
+
+    def peek(self) -> list[int]:
+        if not self._seen:
+            self._seen.append(next(self._source))
+        return self._seen[0]
+
+    def next(self) -> list[int]:
+        self.peek()
+        return self._seen.popleft()
+
+
 class Worker:
     """One device of a plan that is being executed. `transport` is None where the plan has one device.
 
-    `pace`: of every phase the seconds that each node of the compute queue shall take. This machine computes it faster,
-    and then the device waits; one that is late by more than a tenth of its time is refused.
+    `pace`: of every phase the seconds that each node of the compute and storage queues shall take. This machine does it
+    faster, and then the device waits; one whose computing is late by more than a tenth of its time is refused.
+    `cache`: where it loads and stores.
     """
 
     def __init__(
@@ -84,16 +103,19 @@ class Worker:
         barrier: Callable[[], None] = lambda: None,
         progress: Callable[[int], None] = lambda number: None,
         pace: Sequence[Mapping[int, float]] = (),
+        cache: ActivationCache | None = None,
     ) -> None:
         self.device, self.plan, self.programs, self.workload = device, plan, programs, workload
         self.shard, self.dataset, self.transport = shard, dataset, transport
-        self.barrier, self.progress, self.pace = barrier, progress, pace
+        self.barrier, self.progress, self.pace, self.cache = barrier, progress, pace, cache
         self._lock = threading.Lock()
-        self._compute_turn, self._send_turn = threading.Condition(self._lock), threading.Condition(self._lock)
+        self._compute_turn, self._send_turn, self._store_turn = (threading.Condition(self._lock) for _ in range(3))
         self._error: BaseException | None = None
         self._current: Iteration | None = None
         self._sender: threading.Thread | None = None
         self._sending: SimpleQueue[tuple[Iteration, int] | None] = SimpleQueue()
+        self._storer: threading.Thread | None = None
+        self._storing: SimpleQueue[tuple[Iteration, int] | None] = SimpleQueue()
         self._tracker: Tracker | None = None
         self._gradient_storages: set[int] = set()
         self._loss = 0.0
@@ -103,7 +125,7 @@ class Worker:
         self._origin = 0.0
         self._sent: dict[str, int] = {}
         for program in programs:
-            if program.storage:
+            if program.storage and cache is None:
                 raise Unsupported("load and store need a device with a store of its own")
             for value in program.phase.live.get(device, ()):
                 if plan.tensors[value.name].kind == "weights":
@@ -115,6 +137,9 @@ class Worker:
         """Start the threads; from now on the peers may send."""
         self._sender = threading.Thread(target=self._send_all, name=f"{self.device} sending", daemon=True)
         self._sender.start()
+        if self.cache is not None:
+            self._storer = threading.Thread(target=self._store_all, name=f"{self.device} storing", daemon=True)
+            self._storer.start()
         if self.transport is not None:
             self.transport.start(self)
 
@@ -138,19 +163,22 @@ class Worker:
                 self._late_s = 0.0
                 self._busy[COMPUTE] = 0.0
         self._check_pace("in the iteration before the run", MOST_LATE_AT_FIRST)
-        gradients = self._gradient_storages
-        moving = {
-            "moving": max(tracker.levels()),
-            "gradients": max(tracker.levels(only=gradients)),
-            "activations": max(tracker.levels(without=gradients)),
-        }
         for changed, before in zip(self.shard.buffers(), buffers, strict=True):
             changed.copy_(before)
         self._loss = self._late_s = 0.0
         self._events.clear()
         self._busy = dict.fromkeys(QUEUES, 0.0)
         self._sent.clear()
-        return moving
+        return self._moved(tracker)
+
+    def _moved(self, tracker: Tracker, ahead: int = 0) -> dict[str, int]:
+        """What the watched iteration made at once, at most; `ahead`: bytes that were read for the next one."""
+        gradients = self._gradient_storages
+        return {
+            "moving": max(tracker.levels()) + ahead,
+            "gradients": max(tracker.levels(only=gradients)),
+            "activations": max(tracker.levels(without=gradients)) + ahead,
+        }
 
     def run(self, origin: float, moving: Mapping[str, int]) -> DeviceReport:
         """All phases. `origin`: the perf_counter time that the run's times count from. OrreryError as `rehearse`."""
@@ -158,25 +186,42 @@ class Worker:
         losses: list[float] = []
         phases: list[PhaseTimes] = []
         carried: dict[Value, Payload] = {}
-        ids, step = batches(self.workload), -1
+        memory: list[PhaseMemory] = []
+        ids, moved, number = _Ahead(batches(self.workload)), _Ahead(batches(self.workload)), 0
         for place, program in enumerate(self.programs):
+            phase = program.phase
+            computes, last = bool(phase.shards), phase.repeat - 1
+            watched = phase.cached and len(memory) == 1
             spans: list[tuple[float, float]] = []
             sent = sum(self._sent.values())
-            for index in range(program.phase.repeat):
-                step += 1
-                if not program.phase.training:
+            for index in range(phase.repeat):
+                if not phase.training:
                     self.barrier()
                 began = time.perf_counter()
-                iteration = self._iteration(REHEARSALS + step, place, index, step, next(ids), carried)
-                self._run(iteration)
-                if not program.phase.training or index + 1 == program.phase.repeat:
+                mine = (ids if computes else moved).next() if phase.micro_batches else ()
+                self._prefetch(program, mine, ids.peek() if index < last else ())
+                self._tracker = tracker = Tracker() if watched and index == 0 else None
+                with tracker or nullcontext():
+                    iteration = self._iteration(REHEARSALS + number, place, index, len(losses), mine, carried)
+                    self._run(iteration)
+                if not phase.training or index == last or tracker is not None:
                     self._finish(iteration)
+                if tracker is not None:
+                    ahead = sum(self.plan.bytes(value) for value in program.loads) if last else 0
+                    memory.append(PhaseMemory(self.shard.standing_bytes(), self._moved(tracker, ahead)))
+                    self._tracker = None
                 carried = self._carry(iteration)
-                losses.append(self._loss / program.phase.batch_size)
+                if computes:
+                    losses.append(self._loss / phase.batch_size)
                 self._loss = 0.0
+                number += 1
                 spans.append((began - origin, time.perf_counter() - origin))
-                self.progress(step + 1)
+                self.progress(number)
             phases.append(PhaseTimes(tuple(spans), sum(self._sent.values()) - sent))
+            if not memory:
+                memory.append(PhaseMemory(self.shard.standing_bytes(), moving))
+            if place + 1 < len(self.programs):
+                self._hand_over(phase, self.programs[place + 1].phase, carried, len(losses))
         self._check_pace("in the run", MOST_LATE)
         return DeviceReport(
             device=self.device,
@@ -185,19 +230,21 @@ class Worker:
             events=tuple(self._events),
             busy_s=dict(self._busy),
             sent_bytes=dict(self._sent),
-            standing_bytes=self.shard.standing_bytes(),
-            moving_bytes=dict(moving),
+            memory=tuple(memory),
             late_s=self._late_s,
+            recomputed=0 if self.cache is None else self.cache.recomputed,
         )
 
     def stop(self) -> None:
         """End the threads, whatever they wait for. Idempotent."""
         self.fail(TransportError(f"{self.device} has stopped"))
         self._sending.put(None)
+        self._storing.put(None)
         if self.transport is not None:
             self.transport.close()
-        if self._sender is not None:
-            self._sender.join(STOP_S)
+        for thread in (self._sender, self._storer):
+            if thread is not None:
+                thread.join(STOP_S)
 
     def _iteration(
         self,
@@ -218,6 +265,8 @@ class Worker:
             self._current = iteration
         for node in program.sends:
             self._sending.put((iteration, node))
+        for node in program.storage:
+            self._storing.put((iteration, node))
         if self.transport is not None:
             self.transport.resume()
         self._combine_all(iteration, list(program.at_once))
@@ -231,7 +280,7 @@ class Worker:
             self._compute(iteration, node, iteration.program.actions[node])
             if self.shard.device.type == "cuda":
                 torch.cuda.synchronize(self.shard.device)
-            self._keep_pace(iteration, node, start)
+            self._late_s += self._keep_pace(iteration, node, start)
             self._record(iteration, node, COMPUTE, start, time.perf_counter())
             self._done(iteration, node)
         with self._lock:
@@ -239,14 +288,14 @@ class Worker:
                 self._compute_turn.wait()
         self._check()
 
-    def _keep_pace(self, iteration: Iteration, node: int, start: float) -> None:
-        """Wait until the device that this one plays would be ready, too."""
-        if self.pace:
-            left = start + self.pace[iteration.phase].get(node, 0.0) - time.perf_counter()
-            if left > 0:
-                time.sleep(left)
-            else:
-                self._late_s -= left
+    def _keep_pace(self, iteration: Iteration, node: int, start: float) -> float:
+        """Wait until the device that this one plays would be ready, too. Returns by how much it is late, if it is."""
+        if not self.pace:
+            return 0.0
+        left = start + self.pace[iteration.phase].get(node, 0.0) - time.perf_counter()
+        if left > 0:
+            time.sleep(left)
+        return max(0.0, -left)
 
     def _check_pace(self, when: str, most: float) -> None:
         busy = self._busy[COMPUTE]
@@ -268,6 +317,38 @@ class Worker:
         names = {value.name for value in iteration.program.phase.leaves_of(self.device)}
         held = tuple(iteration.values.items())  # what is still being sent may go meanwhile
         return {value: payload for value, payload in held if value.name in names}
+
+    def _prefetch(self, program: Program, sample_ids: Sequence[int], following: Sequence[int]) -> None:
+        """Begin to read what this iteration loads, and the next one of the phase."""
+        if self.cache is not None:
+            for value in program.loads:
+                for ids in (sample_ids, following):
+                    if ids:
+                        self.cache.prefetch(value.name, self._rows(program, value, ids))
+
+    def _hand_over(self, before: Phase, after: Phase, carried: dict[Value, Payload], updates: int) -> None:
+        """Between phases: take over weights that have come, and let go of those that nobody needs any more.
+
+        `updates`: how many there have been.
+        """
+        left = {value.name for value in after.live.get(self.device, ())}
+        for value in before.live.get(self.device, ()):
+            if value.name not in left and self.plan.tensors[value.name].kind == "weights":
+                self.shard.release(value.name)
+        for value, payload in carried.items():
+            if not isinstance(payload, Bundle):
+                continue
+            if self.plan.tensors[value.name].kind == "weights":
+                self.shard.adopt(value.name, payload)
+            elif self.plan.tensors[value.name].kind == "optimizer":
+                self.shard.adopt_state(value.name, payload, updates)
+            carried[value] = None
+
+    def _rows(self, program: Program, value: Value, sample_ids: Sequence[int]) -> Sequence[int]:
+        """The samples of a value's rows."""
+        assert value.rows is not None
+        first = sum(program.phase.micro_batches[: value.micro_batch])
+        return sample_ids[first + value.rows[0] : first + value.rows[1]]
 
     # What actions do
 
@@ -383,10 +464,9 @@ class Worker:
 
     def _step(self, iteration: Iteration, action: Step) -> None:
         names = [value.name for value in action.gradients]
-        if iteration.rehearsal:
-            if self._tracker is not None:
-                self._note_gradients(names, self._tracker)
-        else:
+        if self._tracker is not None:
+            self._note_gradients(names, self._tracker)
+        if not iteration.rehearsal:
             norm = None if action.norm is None else self._bundle(iteration, action.norm).pieces[0]
             self.shard.step(names, norm)
         for name in names:
@@ -422,6 +502,8 @@ class Worker:
         whole, payload = value._replace(width=None), None
         if self.plan.tensors[value.name].kind == "weights":
             payload = self.shard.weights_bundle(value.name)
+        elif self.plan.tensors[value.name].kind == "optimizer":
+            payload = self.shard.state_bundle(value.name)
         elif (payload := iteration.values.get(whole)) is None:
             whole = next(held for held in tuple(iteration.values) if is_piece(value, held) and held.name == value.name)
             payload = iteration.values[whole]
@@ -473,6 +555,33 @@ class Worker:
         iteration.sent[peer] = frame.tag + 1
         self.transport.send(peer, frame, [buffer(piece) for piece in staged])
         self._sent[peer] = self._sent.get(peer, 0) + nbytes
+
+    # The storing thread
+
+    def _store_all(self) -> None:
+        try:
+            while (item := self._storing.get()) is not None:
+                iteration, node = item
+                self._wait(iteration, node, self._store_turn)
+                action = iteration.program.actions[node]
+                start = time.perf_counter()
+                self._load_or_store(iteration, action)
+                self._keep_pace(iteration, node, start)
+                self._record(iteration, node, STORAGE, start, time.perf_counter())
+                self._done(iteration, node)
+        except BaseException as error:
+            self.fail(error)
+
+    def _load_or_store(self, iteration: Iteration, action: Action) -> None:
+        assert self.cache is not None and isinstance(action, (Load, Store))
+        ids = self._rows(iteration.program, action.value, iteration.sample_ids)
+        if isinstance(action, Store):
+            self.cache.put(action.value.name, ids, self._tensor(iteration, action.value))
+            return
+        tensor = self.cache.get(action.value.name, ids).to(self.shard.device)
+        if self._tracker is not None:
+            self._tracker.watch(tensor)
+        iteration.values[action.value] = tensor
 
     def _is_flat(self, value: Value) -> bool:
         return self.plan.tensors[value.name].kind != "activations"
@@ -542,6 +651,7 @@ class Worker:
                 self._error = error
             self._compute_turn.notify()
             self._send_turn.notify()
+            self._store_turn.notify()
 
     def _check(self) -> None:
         if self._error is not None:
@@ -583,6 +693,8 @@ class Worker:
                         ready.append(follower)
                     elif follower in program.nbytes:
                         self._send_turn.notify()
+                    elif isinstance(program.actions[follower], (Load, Store)):
+                        self._store_turn.notify()
                     else:
                         self._compute_turn.notify()
             for index in program.held_by.get(node, ()):

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from harness import samples
+from harness.cache import ActivationCache
 from harness.engine import DeviceReport, ModelShard, Worker, check_samples, programs
-from harness.engine.program import peers
+from harness.engine.program import held_units, peers
 from harness.errors import OrreryError, Unsupported
 from harness.fleet import probe
 from harness.fleet.channel import Channel, Closed, Message
@@ -29,6 +30,7 @@ from harness.models import shards
 from harness.plan import Plan
 from harness.plan.serial import from_json
 from harness.reference import state
+from harness.samples import Dataset
 from harness.transport import PeerLost, Transport
 from harness.workload import Workload
 
@@ -104,11 +106,14 @@ def _work(channel: Channel, job: Job, pulse: Pulse) -> None:
         latency_s=job.latency_s,
         send_buffer_bytes=job.send_buffer_bytes,
     )
+    cache: ActivationCache | None = None
     try:
         channel.send({"listening": transport.listen(job.host, job.port)})
         shard = _shard(job, plan, workload)
         dataset = samples.read(Path(job.folder) / SAMPLES)
         check_samples(workload, dataset)
+        if any(program.storage for program in mine):
+            cache = _cache(job, plan, workload, dataset)
         addresses = {name: tuple(address) for name, address in channel.receive()["peers"].items()}
         outgoing, incoming = peers(mine)
         transport.connect({peer: addresses[peer] for peer in outgoing}, incoming, timeout_s=CONNECT_S)
@@ -118,7 +123,9 @@ def _work(channel: Channel, job: Job, pulse: Pulse) -> None:
             channel.receive()
 
         pace = [{int(node): seconds for node, seconds in phase.items()} for phase in job.pace]
-        worker = Worker(job.device, plan, mine, workload, shard, dataset, transport, barrier, pulse.progress, pace)
+        worker = Worker(
+            job.device, plan, mine, workload, shard, dataset, transport, barrier, pulse.progress, pace, cache
+        )
         worker.start()
         enter(job.enter_computing)
         moving = worker.rehearse()
@@ -133,12 +140,24 @@ def _work(channel: Channel, job: Job, pulse: Pulse) -> None:
         channel.receive()  # all others are done, too: nobody misses us
     finally:
         transport.close()
+        if cache is not None:
+            cache.clear()
+
+
+def _cache(job: Job, plan: Plan, workload: Workload, dataset: Dataset) -> ActivationCache:
+    """A cache that, for what is damaged, reads the frozen weights once more and makes it again."""
+
+    def recompute(names: Sequence[str], sample_ids: Sequence[int]) -> dict[str, Tensor]:
+        layered = shards.load(workload, Path(job.folder) / WEIGHTS, 0, plan.num_units)
+        with torch.no_grad():
+            return layered.run(0, plan.num_units, dataset.batch(sample_ids), wanted=names)
+
+    return ActivationCache(Path(job.folder) / f"cache-{job.device}", workload.num_samples, recompute)
 
 
 def _shard(job: Job, plan: Plan, workload: Workload) -> ModelShard:
-    """The model with weights for the units that some phase gives to this device."""
-    ranges = [phase.shards[job.device].units for phase in plan.phases if job.device in phase.shards]
-    first, last = min(first for first, _ in ranges), max(last for _, last in ranges)
+    """The model with weights for the units that some phase gives to this device; what comes by a plan is left out."""
+    first, last = held_units(plan, job.device)
     layered = shards.load(workload, Path(job.folder) / WEIGHTS, first, last)
     return ModelShard(layered, workload, plan, torch.device(ACCELERATORS[job.accelerator]))
 

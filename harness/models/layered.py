@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -73,19 +73,24 @@ class Layered:
         return [unit for unit in self.local_units if unit.name in wanted]
 
     def run(
-        self, first: int, last: int, values: dict[str, Tensor], entering: Callable[[str], None] | None = None
+        self,
+        first: int,
+        last: int,
+        values: dict[str, Tensor],
+        entering: Callable[[str], None] | None = None,
+        wanted: Collection[str] = RESULTS,
     ) -> dict[str, Tensor]:
-        """Run units [first, last) on `values` (the batch's inputs and what is carried in).
+        """Run units [first, last) on `values` (the batch's inputs, what is carried in, and what is known already).
 
         `entering` is called with the name of each unit before it runs.
 
-        Returns the tensors that units after `last` read, and the model's RESULTS. Every other tensor is let go after
-        its last reader, so that only autograd decides what stays.
+        Returns the tensors that units after `last` read, and those that are `wanted`. Every other tensor is let go
+        after its last reader, so that only autograd decides what stays. Units that make but what is known are not run.
         """
         alive = dict(values)
-        units = self.units[first:last]
+        later = {name for unit in self.units[last:] for name in unit.reads}.union(wanted)
+        units = self._needed(self.units[first:last], later, values)
         order = [*self.locals_of(units), *units]
-        later = {name for unit in self.units[last:] for name in unit.reads}.union(RESULTS)
         last_reader = {name: unit.name for unit in order for name in unit.reads if name not in later}
         for unit in order:
             if entering is not None:
@@ -95,3 +100,14 @@ class Layered:
                 if last_reader.get(name) == unit.name:
                     alive.pop(name, None)
         return alive
+
+    @staticmethod
+    def _needed(units: Sequence[Unit], later: Collection[str], known: Collection[str]) -> list[Unit]:
+        """The units without which what is wanted later can't be made from what is known."""
+        missing, found = set(later).difference(known), []
+        for unit in reversed(units):
+            if missing.intersection(unit.writes):
+                found.append(unit)
+                missing.difference_update(unit.writes)
+                missing.update(name for name in unit.reads if name not in known)
+        return found[::-1]

@@ -46,7 +46,7 @@ def load(workload: Workload, path: Path, first: int, last: int) -> Layered:
     try:
         with safe_open(path, framework="pt") as file:
             for tensor in held.values():
-                _fill(tensor, file.get_tensor(names[id(tensor)]))
+                fill(tensor, file.get_tensor(names[id(tensor)]))
     except (OSError, SafetensorError, ValueError) as error:
         raise OrreryError(
             f"The weights of {workload.model} can't be read from {path}: {error} Write them again for this workload."
@@ -60,7 +60,7 @@ def _named(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from root.named_buffers()
 
 
-def _fill(tensor: Tensor, stored: Tensor) -> None:
+def fill(tensor: Tensor, stored: Tensor) -> None:
     """Give a tensor on "meta" its content. It stays the object that all modules tied to it hold.
 
     `stored` is copied: it is a view of the file, which may be removed.

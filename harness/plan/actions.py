@@ -5,6 +5,7 @@ reads exists. A device sends one value at a time, in list order, and receives on
 the transfers become ready: an input that is there is never held up by one that is still on its way. A receive is
 listed before the first action that reads its value, and is issued when its device begins the iteration, which is when
 its compute queue has done with the one before. The sums of a collective join no queue either: they follow the data.
+A load is issued one iteration ahead: when its device begins the iteration before.
 `Free` and `Commit`: a value is freed as soon as every earlier action of the list that touches it has ended.
 """
 

@@ -142,6 +142,7 @@ class _Device:
                     self._link(self._find(value, action), node, value)
                 for value in writes(action):
                     self._write(value, node, action)
+                    self.graph.loads.append(node)
 
     def _traffic(self, action: Combine) -> int:
         """The bytes that a combination writes, a square-sum reads; none where the result is in place."""

@@ -35,7 +35,7 @@ class Graph:
     `then[n]`: nodes that wait for n's result (a transfer's data arrives a latency after its queue is free);
     `behind[n]`: nodes that follow n in a queue. `waits[n]`: how many nodes n waits for.
     `begins[q]`: first node of queue q, `ends[q]`: its last; `receiving`: queues that take what comes first;
-    `unqueued`: nodes of no queue, which start when what they wait for is there.
+    `unqueued`: nodes of no queue, which start when what they wait for is there; `loads`: those that read from storage.
     `live_readers`: (node, device, value name) that wait for a value carried into the iteration;
     `live_writers[device, name]`: the node that leaves it for the next one.
     `high_water[device]`: most bytes alive if the device took its actions one at a time, in list order.
@@ -53,6 +53,7 @@ class Graph:
     ends: dict[int, int] = field(default_factory=dict)
     receiving: set[int] = field(default_factory=set)
     unqueued: set[int] = field(default_factory=set)
+    loads: list[int] = field(default_factory=list)
     live_readers: list[tuple[int, int, str]] = field(default_factory=list)
     live_writers: dict[tuple[int, str], int] = field(default_factory=dict)
     allocations: list[Allocation] = field(default_factory=list)

@@ -26,7 +26,9 @@ class Phase:
 
     `live` are the values per device that exist when an iteration begins: weights, optimizer state, buffers. When it
     ends, `leaves` are there, by default the same, whatever their versions: the next iteration, or phase, begins with
-    them. An iteration of inference is one request, which begins when the one before has ended on every device.
+    them. Without `training` an iteration is one request, which begins when the one before has ended on every device.
+    Without shards nothing is computed: values are moved, of the samples of the first epoch's batches in their order.
+    Where it is `cached`, the units are those of `Costs.cached`: what the frozen part made is loaded.
     `micro_batches` are row counts; `tied` are the groups of devices that
     hold copies of one parameter (its gradient's value name -> devices).
     """
@@ -40,6 +42,7 @@ class Phase:
     repeat: int = 1
     training: bool = True
     leaves: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
+    cached: bool = False
 
     def leaves_of(self, device: str) -> tuple[Value, ...]:
         return self.leaves.get(device, self.live.get(device, ()))

@@ -84,8 +84,10 @@ def _lines(plan: Plan, max_actions: int) -> Iterator[str]:
 
 
 def _phase_lines(plan: Plan, phase: Phase, max_actions: int) -> Iterator[str]:
-    kind = "training" if phase.training else "inference"
-    yield f"  {kind}, batch of {phase.batch_size} rows in micro-batches of {_runs(phase.micro_batches)}"
+    kind = ("training" if phase.training else "inference") if phase.shards else "nothing is computed"
+    if phase.micro_batches:
+        kind += f", batch of {phase.batch_size} rows in micro-batches of {_runs(phase.micro_batches)}"
+    yield f"  {kind}"
     for tied, group in phase.tied.items():
         yield f"  {tied} is summed over {_listed(group)}"
     width = max(len(name) for name in phase.actions)

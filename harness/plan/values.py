@@ -62,3 +62,8 @@ class Tensor:
                 raise ValueError(f"{value} has rows, but the value names none")
             size *= value.rows[1] - value.rows[0]
         return size + self.fixed_bytes
+
+
+def saved_name(first: int, last: int, cached: bool = False) -> str:
+    """The tensor of what autograd keeps of the units [first, last), where the frozen ones are run or cached."""
+    return f"saved@{first}:{last}{'.cached' if cached else ''}"

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from harness import datasets, reference
+from harness.cache import ActivationCache
 from harness.costs import Costs
 from harness.engine import DeviceReport, Execution, ModelShard, Worker, execution, programs
-from harness.engine.program import peers
+from harness.engine.program import held_units, peers
 from harness.models import shards
 from harness.plan import Plan
 from harness.schedules import Pipeline, Stage, micro_batches
@@ -72,7 +73,7 @@ def run_devices(
 ) -> Trained:
     """Run the plan for real, over loopback. Raises what the first device to fail raised.
 
-    `before(device, shard)` is called when the shard is loaded; `pace` as `harness.simulator.compute_seconds` gives it.
+    `before(device, shard)` is called when the shard is loaded; `pace` as `harness.simulator.own_seconds` gives it.
     """
     found = outcomes(dict.fromkeys(plan.devices, plan), workload, folder, data_dir, before, pace=pace)
     failed = [outcome for outcome in found.values() if outcome.error is not None]
@@ -116,10 +117,10 @@ def outcomes(
     def device_main(device: str) -> None:
         transport, plan = transports[device], plans[device]
         shard, report, failure, worker = None, None, None, None
+        cache = ActivationCache(folder / f"cache-{device}", workload.num_samples)
         try:
             mine = programs(plan, device)
-            units = [phase.shards[device].units for phase in plan.phases]
-            layered = shards.load(workload, weights, min(a for a, _ in units), max(b for _, b in units))
+            layered = shards.load(workload, weights, *held_units(plan, device))
             shard = ModelShard(layered, workload, plan, torch.device("cpu"))
             before(device, shard)
             outgoing, incoming = peers(mine)
@@ -135,6 +136,7 @@ def outcomes(
                 barrier=together.wait,
                 progress=lambda number: progress(device, number, transport),
                 pace=[phase[device] for phase in pace],
+                cache=cache if any(program.storage for program in mine) else None,
             )
             worker.start()
             moving = worker.rehearse()
@@ -148,6 +150,7 @@ def outcomes(
             transport.close()
             if worker is not None:
                 worker.stop()
+            cache.clear()
             found[device] = Outcome(shard, report, failure, time.perf_counter())
 
     threads = [threading.Thread(target=device_main, args=(device,), daemon=True) for device in plans]

@@ -20,7 +20,7 @@ from harness.errors import OrreryError
 from harness.plan import Plan
 from harness.plan.actions import COMPUTE
 from harness.schedules import Pipeline, Stage
-from harness.simulator import compute_seconds, simulate
+from harness.simulator import own_seconds, simulate
 from harness.threads import one_thread
 from harness.transport import Frame, PeerLost, Transport, TransportError
 from harness.workload import Workload
@@ -219,7 +219,7 @@ def test_a_paced_device_takes_the_time_of_the_one_that_it_plays(folder: Path) ->
     text = replace(TEXT, epochs=1)
     costs, slow = profile.count(text), cluster(2, bandwidth=1e9, memory_bandwidth=1e10, speeds=(1.0, 0.5))
     plan = gpipe.plan(text, costs, slow, {**gpipe.OPTIONS, "micro_batch_size": 4})
-    paced = run_devices(plan, text, folder, pace=compute_seconds(plan, costs, slow))
+    paced = run_devices(plan, text, folder, pace=own_seconds(plan, costs, slow))
     simulated, trace = simulate(plan, costs, slow), paced.execution.trace
     assert trace.total_s == pytest.approx(simulated.total_s, rel=0.1)
     for device in plan.devices:
@@ -231,6 +231,6 @@ def test_a_paced_device_takes_the_time_of_the_one_that_it_plays(folder: Path) ->
 def test_a_device_that_can_not_keep_pace_is_refused_before_the_run(folder: Path) -> None:
     text = replace(TEXT, epochs=1)
     plan, costs = planned(gpipe, text, 2, 4), profile.count(text)
-    pace = compute_seconds(plan, costs, cluster(2, memory_bandwidth=1e15, speeds=(1e6, 1e6)))
+    pace = own_seconds(plan, costs, cluster(2, memory_bandwidth=1e15, speeds=(1e6, 1e6)))
     with pytest.raises(OrreryError, match=r"device\d computed for .* s in the iteration before the run, \d+% longer"):
         run_devices(plan, text, folder, pace=pace)

@@ -51,8 +51,8 @@ def crew(names: Iterator[str] | list[str], patience_s: float | None = None) -> I
 
 def report(device: str, losses: list[float]) -> Message:
     """The least that a worker can have to say at the end."""
-    empty: dict[str, Any] = {key: {} for key in ("busy_s", "sent_bytes", "standing_bytes", "moving_bytes")}
-    return {"device": device, "losses": losses, "phases": [], "events": [], **empty}
+    empty: dict[str, Any] = {"busy_s": {}, "sent_bytes": {}, "phases": [], "events": [], "memory": []}
+    return {"device": device, "losses": losses, **empty}
 
 
 def work(channel: Channel, message: Message, pulse: Pulse) -> None:

@@ -1,0 +1,113 @@
+"""PAC (Pluto and Charon): hybrid data and pipeline parallelism, parallel adapters, cached activations.
+
+The first epoch trains under the planner's hybrid plan and stores what the frozen backbone computes for each sample.
+Then the trained weights and those activations are handed out, and further epochs train what is beside the backbone, by
+data parallelism, from the cache (sections 4 and 5).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from harness.cluster import Cluster
+from harness.costs import Costs
+from harness.errors import OrreryError, Unsupported
+from harness.plan import Plan
+from harness.schedules import Stage, micro_batches
+from harness.search import Layout, layer_stacks, plan_pipeline
+from harness.workload import Workload
+from systems.pac.cache import with_cache
+from systems.pac.planner import EVEN, SHARES, Profile, Split, best_split
+
+#: `shares`: of a micro-batch's rows within a group, "even" as in the paper, or by "speed". `grouping`: devices per
+#: stage, as in "2-1-1", instead of the planner's choice. `whole_stacks`: a stage of several holds layers of the encoder
+#: or of the decoder, as in the authors' code. `cache`: epochs after the first read what the backbone makes.
+OPTIONS: dict[str, object] = {
+    "micro_batch_size": None,
+    "shares": EVEN,
+    "grouping": None,
+    "whole_stacks": True,
+    "cache": True,
+}
+
+
+def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[str, object]) -> Plan:
+    """The hybrid plan of equations 2 to 6, for the micro-batch size with which it is fastest."""
+    shares, grouping = options["shares"], _grouping(options["grouping"], cluster)
+    if shares not in SHARES:
+        raise OrreryError(f"pac.shares is {shares!r}; it must be one of {', '.join(SHARES)}.")
+    together = _together(costs) if options["whole_stacks"] else None
+    profile = Profile(costs, cluster, workload.optimizer, str(shares), together=together)
+    boundless = Profile(
+        costs, cluster, workload.optimizer, str(shares), [np.inf] * len(cluster.devices), together=together
+    )
+
+    def layout(size: int) -> Layout:
+        count = len(micro_batches(workload.batch_size, size))
+        found = best_split(profile, size, count, grouping=grouping) or best_split(
+            boundless, size, count, grouping=grouping
+        )
+        if found is None:
+            raise Unsupported(
+                f"micro-batches of {size} rows can't be shared by {grouping or f'groups of {len(cluster.devices)}'} "
+                "devices: each needs a row, and each stage a layer"
+            )
+        return stages(profile, found), lambda count: [len(found.groups) - p for p in range(len(found.groups))]
+
+    if not _caches(workload, costs, options["cache"]):
+        return plan_pipeline("pac", workload, costs, cluster, layout, options)
+    first = plan_pipeline("pac", replace(workload, epochs=1), costs, cluster, layout, options, store=True)
+    alone = [1.0] * len(cluster.devices) if shares == EVEN else profile.speeds
+    return with_cache(first, workload, costs, cluster, alone)
+
+
+def _caches(workload: Workload, costs: Costs, asked: object) -> bool:
+    """Whether later epochs will read from the cache."""
+    if type(asked) is not bool:
+        raise OrreryError(f"pac.cache is {asked!r}; it must be true or false.")
+    if not asked or not costs.training or workload.steps is not None or workload.epochs == 1:
+        return False
+    if workload.technique != "parallel-adapters":
+        raise Unsupported(
+            f"the technique {workload.technique} changes what the backbone makes, so nothing of it can be cached: "
+            "choose parallel-adapters, or set pac.cache to false"
+        )
+    return True
+
+
+def stages(profile: Profile, found: Split) -> list[Stage]:
+    """The split as stages of the pipeline."""
+    names, layers = profile.cluster.names, profile.costs.layers
+    made = []
+    for (x, y), (first, last) in zip(found.layers, found.devices(), strict=True):
+        shares = [1.0] * (last - first) if profile.shares == EVEN else profile.speeds[first:last]
+        made.append(Stage((layers[x][0], layers[y - 1][1]), names[first:last], tuple(shares)))
+    return made
+
+
+def _grouping(asked: object, cluster: Cluster) -> Sequence[int] | None:
+    """The numbers of "2-1-1"; a single stage may be a plain number."""
+    if asked is None:
+        return None
+    if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)*", str(asked)):
+        raise OrreryError(f"pac.grouping is {asked!r}; it must be the number of devices in each stage, as in '2-1-1'.")
+    sizes = [int(size) for size in str(asked).split("-")]
+    if sum(sizes) != len(cluster.devices):
+        found = f"pac.grouping is {asked!r}, {sum(sizes)} devices"
+        raise OrreryError(f"{found}, and {cluster.name} has {len(cluster.devices)}.")
+    return sizes
+
+
+def _together(costs: Costs) -> np.ndarray:
+    """Which ranges of layers [x, y) lie in one stack."""
+    stacks = layer_stacks(costs)
+    count = len(stacks) + 1
+    together = np.ones((count, count), dtype=bool)
+    for x in range(len(stacks)):
+        for y in range(x + 1, count):
+            together[x, y] = len(set(stacks[x:y])) == 1
+    return together

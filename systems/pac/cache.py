@@ -1,0 +1,159 @@
+"""What follows PAC's first epoch: weights and cached activations are handed out, then the side network trains alone.
+
+Section 5.1: every device gets all trained weights, and of the cache what belongs to the rows that it will train on.
+From then on devices are replicas that read from the cache; the frozen weights are released.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+from harness.cluster import Cluster
+from harness.costs import Costs
+from harness.errors import OutOfMemory, Unsupported
+from harness.plan import Action, Free, Load, Phase, Plan, Recv, Send, Store, Tensor, Value
+from harness.plan.values import Range
+from harness.schedules import Pipeline, Stage, micro_batches
+from harness.search import micro_batch_sizes, overflow
+from harness.simulator import estimate
+from harness.workload import Workload
+
+
+@dataclass(frozen=True)
+class Cached:
+    """The phases after the first epoch for one size of micro-batch, and the tensors that they name."""
+
+    phases: tuple[Phase, ...]
+    tensors: Mapping[str, Tensor]
+    micro_batch_size: int
+
+
+def with_cache(first: Plan, workload: Workload, costs: Costs, cluster: Cluster, shares: Sequence[float]) -> Plan:
+    """The plan of the first epoch, which stores, and of all further ones, which load.
+
+    The size of micro-batch is the one with which handing out and cached epochs together are fastest: where it is that
+    of the first epoch, and one group did all of it, nothing has to be handed out. Raises OutOfMemory when none fits.
+    """
+    later = replace(workload, epochs=workload.epochs - 1)
+    best: tuple[float, Plan] | None = None
+    misses: list[OutOfMemory] = []
+    for size in micro_batch_sizes(workload.batch_size):
+        found = _cached(first, later, costs, cluster, shares, size)
+        plan = replace(first, tensors={**first.tensors, **found.tensors}, phases=found.phases)
+        trace = estimate(plan, costs, cluster)
+        excess = overflow(trace, cluster)
+        if excess is not None:
+            misses.append(excess)
+            continue
+        distinct = {id(phase): phase for phase in plan.phases}
+        lengths = dict(zip(distinct, (seen.iteration_s[-1] for seen in trace.phases), strict=True))
+        seconds = sum(lengths[id(phase)] * phase.repeat for phase in plan.phases)
+        if best is None or seconds < best[0]:
+            summary = {**first.summary, "cached_micro_batch_size": size}
+            best = seconds, replace(plan, phases=(*first.phases, *plan.phases), summary=summary)
+    if best is None:
+        raise min(misses, key=lambda miss: miss.needed_bytes - miss.available_bytes)
+    return best[1]
+
+
+def _cached(first: Plan, later: Workload, costs: Costs, cluster: Cluster, shares: Sequence[float], size: int) -> Cached:
+    regions = tuple(sorted({shard.units for shard in first.phases[0].shards.values()}))
+    apart = tuple(name.removeprefix("weights:") for name in first.tensors if name.startswith("weights:"))
+    stage = Stage((0, len(costs.units)), cluster.names, tuple(shares))
+    pipeline = Pipeline(
+        costs.cached, (stage,), later.optimizer, clip=later.clip_norm is not None, regions=regions, apart=apart
+    )
+    if any(tensor.kind == "buffers" and name != "norm" for name, tensor in pipeline.tensors.items()):
+        raise Unsupported("buffers beside the backbone can't be handed out")
+    epochs: dict[int, Phase] = {}
+    trained: list[Phase] = []
+    for batch_size, repeat in later.batches():
+        batches = micro_batches(batch_size, size)
+        made = epochs.get(batch_size)
+        if made is None or made.repeat != repeat:
+            made = pipeline.phase(batches, [1], "cached epoch", repeat)
+            epochs[batch_size] = made
+        trained.append(made)
+    moved = [_hand_out_cache(phase, epochs[phase.batch_size], pipeline) for phase in first.phases]
+    given = _hand_out_weights(first, trained[0])
+    return Cached((given, *(phase for phase in moved if phase is not None), *trained), pipeline.tensors, size)
+
+
+def _hand_out_weights(first: Plan, after: Phase) -> Phase:
+    """Each device gets the trained weights that it lacks, and their optimizer's state, and releases the frozen ones."""
+    before = first.phases[-1]
+    holders: dict[Value, list[str]] = {}
+    for device, values in before.live.items():
+        for value in values:
+            holders.setdefault(value, []).append(device)
+    actions: dict[str, list[Action]] = {device: [] for device in before.live}
+    for number, (device, wanted) in enumerate(after.live.items()):
+        for value in wanted:
+            if device not in holders[value]:
+                source = holders[value][number % len(holders[value])]
+                actions[source].append(Send(value, device))
+                actions[device].append(Recv(value, source))
+    for device, values in before.live.items():
+        if gone := tuple(value for value in values if value not in after.live[device]):
+            actions[device].append(Free(gone))
+    return Phase(
+        name="hand out weights",
+        micro_batches=(),
+        shards={},
+        actions={device: tuple(listed) for device, listed in actions.items()},
+        live=before.live,
+        leaves=after.live,
+        training=False,
+    )
+
+
+def _hand_out_cache(before: Phase, after: Phase, pipeline: Pipeline) -> Phase | None:
+    """Of each batch of the first epoch, what devices have stored goes to those that will train on it.
+
+    None where every device has stored just what it will need.
+    """
+    actions: dict[str, list[Action]] = {device: [] for device in before.actions}
+    starts = [0, *accumulate(before.micro_batches)]
+    wanted = {device: list(_rows(after, device)) for device in before.actions}
+    for m, start in enumerate(starts[:-1]):
+        for device, listed in before.actions.items():
+            low, high = before.shards[device].micro_batch_rows[m]
+            away = [
+                (peer, (max(low, a - start), min(high, b - start)))
+                for peer, ranges in wanted.items()
+                if peer != device
+                for a, b in ranges
+                if max(low, a - start) < min(high, b - start)
+            ]
+            if not away:
+                continue
+            names = [a.value.name for a in listed if isinstance(a, Store) and a.value.micro_batch == m]
+            for name in names:
+                whole = Value(name, m, (low, high))
+                actions[device].append(Load(whole))
+                for peer, rows in away:
+                    piece = Value(name, m, rows)
+                    actions[device].append(Send(piece, peer))
+                    actions[peer] += (Recv(piece, device), Store(piece), Free((piece,)))
+                actions[device].append(Free((whole,)))
+    if not any(actions.values()):
+        return None
+    return Phase(
+        name="hand out cache",
+        micro_batches=before.micro_batches,
+        shards={},
+        actions={device: tuple(listed) for device, listed in actions.items()},
+        live=after.live,
+        repeat=before.repeat,
+        training=False,  # batch by batch: what arrives faster than it is stored must not pile up
+    )
+
+
+def _rows(phase: Phase, device: str) -> Iterator[Range]:
+    """Rows of the batch that the device trains on."""
+    starts = [0, *accumulate(phase.micro_batches)]
+    for start, (low, high) in zip(starts, phase.shards[device].micro_batch_rows, strict=False):
+        if low < high:
+            yield start + low, start + high

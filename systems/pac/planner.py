@@ -1,0 +1,288 @@
+"""PAC's planner: which layers go to which group of devices (section 5.2, equations 2 to 6).
+
+A stage is a range of layers on a group of consecutive devices, which share the rows of each micro-batch. For every
+number of stages a dynamic program finds the split whose slowest stage is fastest (equations 2 and 3); among those the
+one with the shortest beginning, execution and ending phases is taken (equations 4 to 6).
+
+Where the paper is silent: the stage that is k-th from the end keeps min(M, k) micro-batches in flight, as 1F1B does;
+devices are taken in rank order; equal splits go to fewer stages and to the later cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from harness.cluster import Cluster, Device
+from harness.costs import BACKWARD, FORWARD, Costs
+from harness.schedules import split
+from harness.workload import OPTIMIZER_STATE_COPIES
+
+EVEN, SPEED = SHARES = ("even", "speed")
+
+
+@dataclass(frozen=True)
+class Split:
+    """A way to cut the model: of each stage, in order, its layers [first, last) and the number of its devices."""
+
+    layers: tuple[tuple[int, int], ...]
+    groups: tuple[int, ...]
+
+    def devices(self) -> Iterator[tuple[int, int]]:
+        """Of each stage the devices [first, last)."""
+        first = 0
+        for size in self.groups:
+            yield first, first + size
+            first += size
+
+
+class Profile:
+    """What the equations ask for: times of layers, sizes of activations, gradients and weights, budgets, bandwidth.
+
+    `together[x, y]` says whether the layers [x, y) may be one stage of several.
+    """
+
+    def __init__(
+        self,
+        costs: Costs,
+        cluster: Cluster,
+        optimizer: str = "sgd",
+        shares: str = EVEN,
+        budgets: Sequence[float] | None = None,
+        together: np.ndarray | None = None,
+    ) -> None:
+        self.costs, self.cluster, self.shares = costs, cluster, shares
+        self.devices = cluster.devices
+        self.budgets = [d.memory_bytes for d in self.devices] if budgets is None else list(budgets)
+        self.copies = 1 + OPTIMIZER_STATE_COPIES[optimizer]
+        self.num_layers = len(costs.layers)
+        count = self.num_layers + 1
+        self.together = np.ones((count, count), dtype=bool) if together is None else together
+        self._seconds: dict[tuple[object, ...], tuple[np.ndarray, np.ndarray]] = {}
+        self._kinds = [self._kind(device) for device in self.devices]
+
+    @staticmethod
+    def _kind(device: Device) -> tuple[object, ...]:
+        return device.profile, device.share, device.measured, device.kernel_overhead_s, tuple(device.rates.items())
+
+    @cached_property
+    def speeds(self) -> list[float]:
+        """Rows per second of the whole model, of each device."""
+        return [1.0 / float(sum(part[-1] for part in self.layer_seconds(d, 1))) for d in range(len(self.devices))]
+
+    def rows(self, first: int, last: int, micro_batch: int) -> list[int]:
+        """Rows of a micro-batch that each of the devices [first, last) takes."""
+        weights = [1.0] * (last - first) if self.shares == EVEN else self.speeds[first:last]
+        return split(micro_batch, weights)
+
+    def layer_seconds(self, device: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """t_f and t_b of the first l layers of the model, l = 0 ... L, for `rows` rows."""
+        key = (self._kinds[device], rows)
+        if key not in self._seconds:
+            found = []
+            for direction in (FORWARD, BACKWARD):
+                each = [
+                    self.costs.seconds(self.devices[device], *layer, direction, rows) for layer in self.costs.layers
+                ]
+                found.append(np.concatenate(([0.0], np.cumsum(each))))
+            self._seconds[key] = found[0], found[1]
+        return self._seconds[key]
+
+    def stage_seconds(self, layers: tuple[int, int], devices: tuple[int, int], micro_batch: int) -> tuple[float, float]:
+        """e_f and e_b of a stage: of the slowest of its devices."""
+        forward = backward = slowest = 0.0
+        for device, rows in zip(range(*devices), self.rows(*devices, micro_batch), strict=True):
+            f, b = (float(t[layers[1]] - t[layers[0]]) for t in self.layer_seconds(device, rows))
+            if rows and f + b > slowest:
+                forward, backward, slowest = f, b, f + b
+        return forward, backward
+
+    @cached_property
+    def memory(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Bytes of every range of layers [x, y): those that stay, and those of one micro-batch, fixed and per row.
+
+        As `harness.search.stage_bytes` counts them, range by range.
+        """
+        count = self.num_layers + 1
+        stays, fixed, per_row = (np.zeros((count, count)) for _ in range(3))
+        starts = [first for first, _ in self.costs.layers]
+        for x in range(self.num_layers):
+            parameters: set[str] = set()
+            saves: set[str] = set()
+            local: set[str] = set()
+            standing = kept = kept_per_row = 0.0
+            entering = {*self.costs.inputs, *self.costs.carried(starts[x])}
+            for y in range(x, self.num_layers):
+                for unit in self.costs.executed(*self.costs.layers[y]):
+                    if unit.local and unit.name in local:
+                        continue
+                    local.add(unit.name)
+                    for name in unit.parameters:
+                        if name not in parameters:
+                            parameters.add(name)
+                            cost = self.costs.parameters[name]
+                            standing += cost.bytes * (1 + self.copies * cost.trainable)
+                    standing += unit.buffers_bytes
+                    kept += unit.saved.fixed
+                    kept_per_row += unit.saved.per_row
+                    for name in unit.saves:
+                        if name not in saves and (name not in entering or name in self.costs.carried(starts[x])):
+                            saves.add(name)
+                            tensor = self.costs.tensors[name]
+                            if tensor.batchless:
+                                kept += tensor.bytes(1)
+                            else:
+                                kept_per_row += tensor.bytes(1)
+                stays[x, y + 1], fixed[x, y + 1], per_row[x, y + 1] = standing, kept, kept_per_row
+        return stays, fixed, per_row
+
+    def bytes(self, layers: tuple[int, int], rows: int, in_flight: int) -> float:
+        """m_d: what a device needs that holds these layers and has so many micro-batches of `rows` rows in flight."""
+        stays, fixed, per_row = (float(table[layers]) for table in self.memory)
+        return stays + in_flight * (fixed + per_row * rows)
+
+    def transfer_seconds(self, cut: int, micro_batch: int, before: int, after: int) -> tuple[float, float]:
+        """c_f and c_b over the boundary in front of layer `cut`, between groups of so many devices."""
+        unit = self.costs.layers[cut][0]
+        rows = -(-micro_batch // min(before, after))
+        tensors = [self.costs.tensors[name] for name in self.costs.carried(unit)]
+        forward = sum(tensor.bytes(rows) for tensor in tensors)
+        backward = sum(tensor.bytes(rows) for tensor in tensors if tensor.needs_grad)
+        rate = min(self.cluster.bandwidth.values())
+        return forward / rate + self.cluster.latency_s, backward / rate + self.cluster.latency_s
+
+    def all_reduce_seconds(self, layers: tuple[int, int], group: int) -> float:
+        """AR of a stage: a ring over the gradients of what is trained."""
+        if group == 1:
+            return 0.0
+        first, last = self.costs.layers[layers[0]][0], self.costs.layers[layers[1] - 1][1]
+        _, trained = self.costs.weight_bytes(first, last)
+        rate = min(self.cluster.bandwidth.values())
+        return 2 * (group - 1) * (trained / group / rate + self.cluster.latency_s)
+
+
+def phases(profile: Profile, found: Split, micro_batch: int, count: int) -> tuple[float, float, float]:
+    """Seconds of the beginning, execution and ending phase of one mini-batch of `count` micro-batches (eqs 4 and 5)."""
+    e = [
+        profile.stage_seconds(layers, devices, micro_batch)
+        for layers, devices in zip(found.layers, found.devices(), strict=True)
+    ]
+    c = [
+        profile.transfer_seconds(layers[0], micro_batch, before, after)
+        for layers, before, after in zip(found.layers[1:], found.groups, found.groups[1:], strict=False)
+    ]
+    reduces = [profile.all_reduce_seconds(*stage) for stage in zip(found.layers, found.groups, strict=True)]
+    beginning = sum(e[i][0] + c[i][0] for i in range(len(c)))
+    execution = count * sum(e[-1])
+    ending = max(reduces[i] + sum(e[j][1] + c[j][1] for j in range(i, len(c))) for i in range(len(e)))
+    return beginning, execution, ending
+
+
+def best_split(
+    profile: Profile,
+    micro_batch: int,
+    count: int,
+    most_stages: int | None = None,
+    grouping: Sequence[int] | None = None,
+) -> Split | None:
+    """The split that equations 2 to 6 choose for `count` micro-batches of `micro_batch` rows; None where none fits.
+
+    `grouping` fixes the numbers of devices per stage.
+    """
+    best: tuple[float, Split] | None = None
+    for found in splits(profile, micro_batch, count, most_stages, grouping):
+        seconds = sum(phases(profile, found, micro_batch, count))
+        if best is None or seconds < best[0]:
+            best = seconds, found
+    return None if best is None else best[1]
+
+
+def splits(
+    profile: Profile,
+    micro_batch: int,
+    count: int,
+    most_stages: int | None = None,
+    grouping: Sequence[int] | None = None,
+) -> Iterator[Split]:
+    """For every number of stages, from one on, the split on all devices whose slowest stage is fastest (eqs 2 and 3).
+
+    From the back: W[k][n, x] is the best slowest stage for the layers from x on, on the last n devices in k stages.
+    """
+    num_devices, num_layers = len(profile.devices), profile.num_layers
+    groups = None if grouping is None else list(grouping)
+    stages = min(num_devices, num_layers, most_stages or num_devices)
+    if groups is not None:
+        stages = len(groups)
+    previous = np.full((num_devices + 1, num_layers + 1), np.inf)
+    previous[0, num_layers] = 0.0
+    choices: list[tuple[np.ndarray, np.ndarray]] = []
+    tables = _Tables(profile, micro_batch, count)
+    for k in range(1, stages + 1):
+        slowest = np.full_like(previous, np.inf)
+        cut, size = (np.zeros(previous.shape, dtype=np.int64) for _ in range(2))
+        for n in range(k, num_devices + 1):
+            sizes = range(1, n - k + 2) if groups is None else [groups[-k]]
+            for m in sizes:
+                rest = n - m
+                if rest < 0 or m > micro_batch or not np.isfinite(previous[rest]).any():
+                    continue
+                first = num_devices - n
+                seconds = tables.seconds(first, first + m, k, alone=k == 1 and rest == 0 and n == num_devices)
+                reached = np.maximum(seconds, previous[rest][None, :])
+                ends = num_layers - np.argmin(reached[:, ::-1], axis=1)
+                values = reached[np.arange(num_layers + 1), ends]
+                better = values < slowest[n]
+                slowest[n][better], cut[n][better], size[n][better] = values[better], ends[better], m
+        choices.append((cut, size))
+        previous = slowest
+        if np.isfinite(slowest[num_devices, 0]) and (groups is None or k == stages):
+            yield _traced(choices, num_devices, num_layers)
+
+
+def _traced(choices: Sequence[tuple[np.ndarray, np.ndarray]], num_devices: int, num_layers: int) -> Split:
+    layers, groups = [], []
+    x, n = 0, num_devices
+    for cut, size in reversed(choices):
+        last, m = int(cut[n, x]), int(size[n, x])
+        layers.append((x, last))
+        groups.append(m)
+        x, n = last, n - m
+    assert (x, n) == (num_layers, 0)
+    return Split(tuple(layers), tuple(groups))
+
+
+class _Tables:
+    """T of equation 3 for all ranges of layers at once: seconds, infinite where a device would need too much memory."""
+
+    def __init__(self, profile: Profile, micro_batch: int, count: int) -> None:
+        self.profile, self.micro_batch, self.count = profile, micro_batch, count
+        self._made: dict[tuple[object, ...], np.ndarray] = {}
+        shape = (profile.num_layers + 1, profile.num_layers + 1)
+        self._backwards = np.tril(np.ones(shape, dtype=bool))  # [x, y) with y <= x
+
+    def seconds(self, first: int, last: int, k: int, alone: bool) -> np.ndarray:
+        """For the devices [first, last) as the stage that is k-th from the end. `alone`: it is the only stage."""
+        profile, in_flight = self.profile, min(k, self.count)
+        rows = profile.rows(first, last, self.micro_batch)
+        working = {
+            (profile._kinds[d], count, profile.budgets[d]): d
+            for d, count in zip(range(first, last), rows, strict=True)
+            if count
+        }
+        key = (frozenset(working), in_flight, alone)
+        if key not in self._made:
+            slowest = np.zeros(self._backwards.shape)
+            for (_, count, budget), device in working.items():
+                total = np.add(*profile.layer_seconds(device, count))
+                seconds = total[None, :] - total[:, None]
+                stays, fixed, per_row = profile.memory
+                seconds[stays + in_flight * (fixed + per_row * count) > budget] = np.inf
+                slowest = np.maximum(slowest, seconds)
+            slowest[self._backwards] = np.inf
+            if not alone:
+                slowest[~profile.together] = np.inf
+            self._made[key] = slowest
+        return self._made[key]

@@ -1,0 +1,114 @@
+"""PAC for real: hybrid first epochs, what is handed out, cached epochs; equal to one device that caches nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from harness import datasets, profile, reference
+from harness.costs import Costs
+from harness.plan import Load, Plan, Store
+from harness.plan.validate import validate
+from harness.simulator import simulate
+from harness.threads import one_thread
+from harness.workload import Workload
+from systems import pac
+from tests.harness.engine.devices import run_devices
+from tests.harness.toys import cluster
+
+TEXT = Workload(
+    "bert-tiny",
+    "synthetic",
+    num_samples=20,
+    batch_size=8,
+    epochs=3,
+    seq_len=16,
+    technique="parallel-adapters",
+    learning_rate=0.05,
+    dropout=0.1,
+)
+MODELS = ["bert-tiny", "t5-tiny", "bart-tiny", "gpt2-tiny"]
+
+
+def planned(workload: Workload, grouping: str, micro_batch_size: int = 4, **options: object) -> tuple[Plan, Costs]:
+    costs = profile.count(workload)
+    devices = cluster(sum(map(int, grouping.split("-"))), memory_bandwidth=1e10)
+    asked = {**pac.OPTIONS, "grouping": grouping, "micro_batch_size": micro_batch_size, **options}
+    plan = pac.plan(workload, costs, devices, asked)
+    validate(plan, costs)
+    return plan, costs
+
+
+@pytest.fixture(autouse=True)
+def alone() -> object:
+    with one_thread():
+        yield
+
+
+@pytest.mark.parametrize("grouping", ["2", "1-1", "2-2", "2-1-1"])
+@pytest.mark.parametrize("model", MODELS)
+def test_trains_as_one_device_without_a_cache(model: str, grouping: str, tmp_path: Path) -> None:
+    """Dropout beside the backbone, three epochs, a smaller last batch."""
+    text = replace(TEXT, model=model)
+    plan, _ = planned(text, grouping)
+    assert {phase.name for phase in plan.phases} >= {"train", "hand out weights", "cached epoch"}
+    wanted = reference.train(plan, text, datasets.load(text))
+    found = run_devices(plan, text, tmp_path)
+    assert found.execution.losses == pytest.approx(wanted.losses, rel=1e-5)
+    for state in found.state.values():
+        assert reference.max_rel_error(state, wanted.state(), adaptive=False) < 1e-5
+    without, _ = planned(text, grouping, cache=False)
+    assert run_devices(without, text, tmp_path).execution.losses == pytest.approx(wanted.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd-momentum"])
+def test_the_optimizers_state_is_handed_out_with_the_weights(optimizer: str, tmp_path: Path) -> None:
+    text = replace(TEXT, model="t5-tiny", optimizer=optimizer, learning_rate=0.01, clip_norm=1.0)
+    plan, _ = planned(text, "2-1-1")
+    wanted = reference.train(plan, text, datasets.load(text))
+    found = run_devices(plan, text, tmp_path)
+    assert found.execution.losses == pytest.approx(wanted.losses, rel=1e-4)
+    for state in found.state.values():
+        assert reference.max_rel_error(state, wanted.state(), adaptive=optimizer == "adamw") < 1e-4
+
+
+def test_bytes_are_those_of_the_plan_and_the_backbone_is_let_go(tmp_path: Path) -> None:
+    plan, costs = planned(TEXT, "2-2")
+    found = run_devices(plan, TEXT, tmp_path)
+    toys = cluster(4, memory_bandwidth=1e10)
+    quick = tuple(replace(device, storage_read=1e9, storage_write=1e9) for device in toys.devices)
+    simulated = simulate(plan, costs, replace(toys, devices=quick))
+    assert found.execution.trace.link_bytes == simulated.link_bytes
+    for device, report in found.reports.items():
+        first, cached = report.memory
+        assert cached.standing["weights"] < 0.3 * first.standing["weights"]
+        assert first.peak == pytest.approx(simulated.peak_bytes[device], rel=0.05)
+        assert cached.peak < first.peak
+    weights = {name for state in found.state.values() for name in state}
+    assert all(set(state) == weights for state in found.state.values()), "all devices end with all trained weights"
+
+
+def test_what_every_device_has_stored_is_what_it_loads() -> None:
+    """After everything that is handed out, sample by sample, in every later epoch."""
+    plan, _ = planned(TEXT, "2-1-1")
+    held: dict[str, set[tuple[str, int]]] = {device: set() for device in plan.devices}
+    epochs, moved = datasets.batches(TEXT), datasets.batches(TEXT)
+    loaded = 0
+    for phase in plan.phases:
+        for _ in range(phase.repeat):
+            ids = next(epochs if phase.shards else moved) if phase.micro_batches else []
+            for device, actions in phase.actions.items():
+                for action in actions:
+                    if isinstance(action, (Load, Store)):
+                        assert action.value.rows is not None
+                        first = sum(phase.micro_batches[: action.value.micro_batch])
+                        rows = ids[first + action.value.rows[0] : first + action.value.rows[1]]
+                        entries = {(action.value.name, sample) for sample in rows}
+                        if isinstance(action, Store):
+                            held[device] |= entries
+                        else:
+                            assert entries <= held[device]
+                            loaded += phase.name == "cached epoch"
+    assert loaded
