@@ -6,36 +6,32 @@ in PAC's released code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from harness.cluster import Cluster
 from harness.costs import Costs
+from harness.errors import OutOfMemory
 from harness.plan import Plan
-from harness.schedules import micro_batches
-from harness.search import Layout, plan_pipeline, stage_bytes, straight_stages
+from harness.search import Layout, plan_pipeline, straight_stages
 from harness.workload import Workload
 
 OPTIONS: dict[str, object] = {"micro_batch_size": None}
 
 
 def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[str, object]) -> Plan:
-    """Cuts balanced by profiled time. Where memory is short: smaller micro-batches, or fewer of them in flight."""
+    """Cuts balanced by profiled time. Where memory is short: smaller micro-batches, then fewer of them in flight."""
     count = len(cluster.devices)
+    misses: list[OutOfMemory] = []
+    for most in range(count, 0, -1):
 
-    def layout(size: int) -> Layout:
-        for most in range(count, 0, -1):
+        def warmup(_: int, most: int = most) -> Sequence[int]:
+            return [min(count - p, most) for p in range(count)]
 
-            def warmup(_: int, most: int = most) -> Sequence[int]:
-                return [min(count - p, most) for p in range(count)]
+        def layout(size: int, warmup: Callable[[int], Sequence[int]] = warmup) -> Layout:
+            return straight_stages(workload, costs, cluster, size, warmup, whole_stacks=True), warmup
 
-            stages = straight_stages(workload, costs, cluster, size, warmup, whole_stacks=True)
-            in_flight = [min(ahead, len(micro_batches(workload.batch_size, size))) for ahead in warmup(0)]
-            needed = [
-                stage_bytes(costs, workload.optimizer, *stage.units, size, ahead)
-                for stage, ahead in zip(stages, in_flight, strict=True)
-            ]
-            if all(n <= device.memory_bytes for n, device in zip(needed, cluster.devices, strict=True)):
-                break
-        return stages, warmup
-
-    return plan_pipeline("eco-fl", workload, costs, cluster, layout, options)
+        try:
+            return plan_pipeline("eco-fl", workload, costs, cluster, layout, options)
+        except OutOfMemory as miss:
+            misses.append(miss)
+    raise min(misses, key=lambda miss: miss.needed_bytes - miss.available_bytes)

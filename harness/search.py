@@ -90,12 +90,14 @@ def straight_stages(
     in_flight = [min(ahead, count) for ahead in warmup(count)]
     stacks = layer_stacks(costs)
     of_unit = [stack for (first, last), stack in zip(costs.layers, stacks, strict=True) for _ in range(first, last)]
+    directions = (FORWARD, BACKWARD) if costs.training else (FORWARD,)
     whole = whole_stacks and 1 < len(set(stacks)) <= len(cluster.devices)
 
     def memory(stage: int, first: int, last: int) -> float:
         if whole and of_unit[first] != of_unit[last - 1]:
             return float("inf")
-        return stage_bytes(costs, workload.optimizer, first, last, rows, in_flight[stage])
+        passes = (costs.workspace(first, last, direction, rows) for direction in directions)
+        return stage_bytes(costs, workload.optimizer, first, last, rows, in_flight[stage]) + max(passes)
 
     def shape(stage: int, first: int, last: int) -> float:
         return float("inf") if whole and of_unit[first] != of_unit[last - 1] else 0.0

@@ -161,7 +161,7 @@ def estimate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
 
 
 def own_seconds(plan: Plan, costs: Costs, cluster: Cluster) -> list[dict[str, dict[int, float]]]:
-    """Of every phase the seconds of each node that a device does by itself: computes or stores. Raises as `simulate`."""
+    """Of every phase the seconds of each node that a device does by itself: computes, stores. Raises as `simulate`."""
     found: dict[int, dict[str, dict[int, float]]] = {}
     for phase in plan.phases:
         if id(phase) in found:

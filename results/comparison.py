@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from statistics import fmean
@@ -25,14 +25,13 @@ TERA = 1e12
 class Comparison:
     """A paper's cell and our value for it, in the cell's unit; `OOM` where it did not fit, None where we have none.
 
-    `how`: the method of a run, or how it was counted. `nearest`: the method is not the paper's system, but the
-    nearest to it. `fitted`: a constant was fitted to the cell, so that agreement proves nothing.
+    `how`: the method of a run, or how it was counted. `fitted`: a constant was fitted to the cell, so that agreement
+    proves nothing.
     """
 
     cell: Cell
     ours: float | str | None
     how: str
-    nearest: bool = False
     fitted: bool = False
 
     @property
@@ -43,8 +42,8 @@ class Comparison:
 
     @property
     def error(self) -> float | None:
-        """The difference, where it says something about us: not of fitted cells, nor of another system."""
-        return None if self.fitted or self.nearest else self.difference
+        """The difference, where it says something about us: not of fitted cells."""
+        return None if self.fitted else self.difference
 
     @property
     def verdict(self) -> str:
@@ -55,7 +54,7 @@ class Comparison:
             text = f"{self.difference:+.1%}"
         else:
             text = "agrees" if self.ours == self.cell.value else "contradicts"
-        return f"({text}) fitted" if self.fitted else f"({text}) another system" if self.nearest else text
+        return f"({text}) fitted" if self.fitted else text
 
 
 def mean_error(comparisons: Iterable[Comparison]) -> float | None:
@@ -78,28 +77,57 @@ def compare(setting: Setting) -> dict[str, list[Comparison]]:
 
 
 def _runs(paper: Paper, records: Sequence[Record]) -> Iterator[Comparison]:
-    """Hours of whole runs. A paper's Standalone has one device, ours is one device of the testbed."""
+    """What whole runs are compared by. A paper's Standalone has one device, ours is one device of the testbed."""
     for cell in paper.cells:
-        if cell.metric != "training_time_h":
+        if cell.metric not in RUNS.get(cell.artefact, ()):
             continue
         for record in records:
-            names = ((cell.model, record.model), (cell.dataset, record.dataset))
-            nearest = paper.nearest.get(cell.system) == record.method
+            names = ((cell.model, record.model), (cell.system, record.method))
             if (
                 all(same(*pair) for pair in names)
+                and (not cell.dataset or same(cell.dataset, record.dataset))
                 and paper.technique(cell) == record.technique
-                and (nearest or same(cell.system, record.method))
                 and cell.devices in ("1", str(record.num_devices))
                 and record.steps is None
-                and cell.epochs == str(record.epochs)
+                and cell.epochs in ("", str(record.epochs))
+                and record.batch_size == (record.num_devices if cell.artefact in paper.one_sample_per_device else 16)
+                and caches(record) == paper.caches(cell)
             ):
-                yield Comparison(cell, _hours(record), record.method, nearest)
+                yield Comparison(cell, RUNS[cell.artefact][cell.metric](record), record.method)
 
 
-def _hours(record: Record) -> float | str | None:
-    if record.status == "oom":
-        return OOM
+def caches(record: Record) -> bool:
+    """Whether epochs after the first read what the backbone makes from a cache."""
+    return record.epochs > 1 and bool(record.method_options.get("cache"))
+
+
+def _hours(record: Record) -> float | None:
     return None if record.total_time_s is None else record.total_time_s / 3600
+
+
+def _weights_gib(record: Record) -> float | None:
+    """Of the worst device."""
+    memory = record.memory
+    return None if memory is None else max(device.weights_bytes for device in memory.values()) / GIB
+
+
+def _grouping(record: Record) -> str | None:
+    grouping = None if record.plan is None else record.plan["grouping"]
+    return "[" + "-".join(map(str, grouping)) + "]" if isinstance(grouping, list) else None
+
+
+def _or_oom(value: Callable[[Record], float | str | None]) -> Callable[[Record], float | str | None]:
+    return lambda record: OOM if record.status == "oom" else value(record)
+
+
+#: What is taken from whole runs: artefact, metric, our value.
+RUNS: dict[str, dict[str, Callable[[Record], float | str | None]]] = {
+    "table2": {"training_time_h": _or_oom(_hours)},
+    "fig9a": {"throughput_samples_per_s": _or_oom(lambda record: record.throughput_samples_per_s)},
+    "fig9b": {"weights_gib": _weights_gib},
+    "fig10": {"grouping": _or_oom(_grouping)},
+    "fig11": {"training_time_h": _or_oom(_hours)},
+}
 
 
 def _counts(paper: Paper, setting: Setting) -> Iterator[Comparison]:

@@ -65,8 +65,9 @@ class Cell:
 class Paper:
     """`testbeds` is what the names of the testbeds that stand for the paper's cluster begin with.
 
-    `analysed` are the workload fields of its analyses of a single iteration. `nearest[system of the paper]` is the
-    method that comes nearest, where no method has the system's name; `techniques[name in the paper]` ours, likewise.
+    `analysed` are the workload fields of its analyses of a single iteration. `techniques[name in the paper]` is ours,
+    where the names differ; `cached["table2 PAC"]`, or of a technique of the paper: whether activations are.
+    `one_sample_per_device` are the artefacts whose batch has as many samples as there are devices.
     """
 
     name: str
@@ -74,13 +75,19 @@ class Paper:
     doi: str
     testbeds: str
     analysed: Mapping[str, int]
-    nearest: Mapping[str, str]
+    one_sample_per_device: tuple[str, ...]
+    cached: Mapping[str, bool]
     techniques: Mapping[str, str]
     cells: tuple[Cell, ...]
 
     def technique(self, cell: Cell) -> str:
         """Our name of the cell's technique, if we have it."""
         return self.techniques.get(cell.technique, cell.technique.lower())
+
+    def caches(self, cell: Cell) -> bool:
+        """Whether later epochs of the cell's run read activations from a cache."""
+        used = self.cached.get(f"{cell.artefact} {cell.system}", self.cached.get(cell.technique, False))
+        return used and cell.epochs not in ("", "1")
 
 
 def names() -> list[str]:
@@ -92,7 +99,7 @@ def load(name: str) -> Paper:
     about = tomllib.loads((_folder() / f"{name}.toml").read_text(encoding="utf-8"))
     with (_folder() / f"{name}.csv").open(encoding="utf-8", newline="") as file:
         cells = tuple(Cell(paper=name, **row) for row in csv.DictReader(file))
-    return Paper(name=name, cells=cells, **about)
+    return Paper(name=name, cells=cells, **{**about, "one_sample_per_device": tuple(about["one_sample_per_device"])})
 
 
 def of_testbed(testbed: str) -> Paper | None:

@@ -85,9 +85,7 @@ RUN_NOTES = {
 
 def runs(setting: Setting, comparisons: Mapping[str, Sequence[Comparison]]) -> Table:
     """Method x model: times, throughput, memory, status; beside ours the paper's hours for the same run."""
-    theirs = [
-        c for cells in comparisons.values() for c in cells if c.cell.metric == "training_time_h" and not c.nearest
-    ]
+    theirs = [c for cells in comparisons.values() for c in cells if c.cell.metric == "training_time_h"]
     longest = max((r.total_time_s for r in setting.records if r.total_time_s is not None), default=0.0)
     unit, seconds = next(((u, s) for u, s in TIME_UNITS if longest >= s or theirs), TIME_UNITS[-1])
     rows = []
@@ -178,11 +176,6 @@ def beside(paper: Paper, artefact: str, setting: Setting, comparisons: Sequence[
     notes = [] if error is None else [f"Mean absolute error over {_counted(comparisons)} cells: {error:.1%}."]
     if left_out:
         notes.append(f"{left_out} cells are marked fitted: constants were fitted to them, so no error figure has them.")
-    if any(c.nearest for c in comparisons):
-        notes.append(
-            "Another system: no method here has the name of the paper's, and the nearest is beside it. "
-            "No error figure has these cells."
-        )
     return Table(
         f"{setting.name}-{paper.name}-{artefact}",
         f"{paper.title}: {title_of(artefact)}",

@@ -55,6 +55,17 @@ def test_importing_costs_no_heavy_library() -> None:
     assert not {"torch", "datasets", "sklearn", "transformers", "numpy"} & set(loaded.stdout.split())
 
 
+def test_batches_are_formed_once_and_shuffled_as_a_whole() -> None:
+    """What a device has cached of its rows serves it in every epoch; the smaller last batch stays the last."""
+    workload = Workload("bert-tiny", "synthetic", num_samples=42, batch_size=8, seq_len=16)
+    ids = datasets.batches(workload)
+    epochs = [[tuple(next(ids)) for _ in range(6)] for _ in range(3)]
+    assert sorted(sample for batch in epochs[0] for sample in batch) == list(range(42))
+    for epoch in epochs[1:]:
+        assert epoch[-1] == epochs[0][-1] and sorted(epoch) == sorted(epochs[0])
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
 def test_sample_order_is_the_same_everywhere() -> None:
     order = datasets.sample_order(1000, epoch=0, seed=0)
     assert sorted(order) == list(range(1000))

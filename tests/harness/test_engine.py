@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from baselines import eddl, gpipe, standalone
 from harness import datasets, engine, models, profile, reference
-from harness.datasets import sample_order
+from harness.datasets import batches
 from harness.simulator import simulate
 from harness.threads import one_thread
 from harness.workload import Workload
@@ -71,19 +72,15 @@ def plain_loop(workload: Workload, steps: int) -> tuple[nn.Module, list[float]]:
     if workload.optimizer == "adamw":
         optimizer = torch.optim.AdamW(model.parameters(), lr=workload.learning_rate)
     masks = keys_of(workload)
-    losses, epoch = [], 0
-    while len(losses) < steps:
-        order = sample_order(workload.num_samples, epoch, workload.seed)
-        for first in range(0, len(order), workload.batch_size):
-            ids = order[first : first + workload.batch_size]
-            replay = Replayed(workload.seed, masks)
-            with replay.samples(len(losses), ids):
-                loss = model(**dataset.batch(ids)).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        epoch += 1
+    losses: list[float] = []
+    for ids in islice(batches(workload), steps):
+        replay = Replayed(workload.seed, masks)
+        with replay.samples(len(losses), ids):
+            loss = model(**dataset.batch(ids)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
     return model, losses
 
 

@@ -125,7 +125,7 @@ def test_real_runs_of_a_testbed_follow_each_other_and_methods_take_turns(
 
 def test_the_four_nanos_are_asked_for_every_baseline_model_and_technique() -> None:
     asked = {(r.method.name, r.workload.model, r.workload.technique) for r in reproduce.requests(["pac-techniques"])}
-    methods, models = ("standalone", "eddl", "gpipe", "pipedream-1f1b"), ("t5-base", "bart-large", "t5-large")
+    methods, models = ("standalone", "eddl", "gpipe", "pipedream-1f1b", "eco-fl"), ("t5-base", "bart-large", "t5-large")
     techniques = ("full", "adapters", "lora", "parallel-adapters")
     assert asked == {(method, model, name) for method in methods for model in models for name in techniques}
     for request in reproduce.requests(["pac-techniques"]):
