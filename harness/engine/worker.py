@@ -191,7 +191,9 @@ class Worker:
         for place, program in enumerate(self.programs):
             phase = program.phase
             computes, last = bool(phase.shards), phase.repeat - 1
-            watched = phase.cached and len(memory) == 1
+            if phase.cached and len(memory) == 1:
+                memory.append(self._watched(number, place, ids.peek(), carried))
+                number += 1
             spans: list[tuple[float, float]] = []
             sent = sum(self._sent.values())
             for index in range(phase.repeat):
@@ -200,16 +202,10 @@ class Worker:
                 began = time.perf_counter()
                 mine = (ids if computes else moved).next() if phase.micro_batches else ()
                 self._prefetch(program, mine, ids.peek() if index < last else ())
-                self._tracker = tracker = Tracker() if watched and index == 0 else None
-                with tracker or nullcontext():
-                    iteration = self._iteration(REHEARSALS + number, place, index, len(losses), mine, carried)
-                    self._run(iteration)
-                if not phase.training or index == last or tracker is not None:
+                iteration = self._iteration(REHEARSALS + number, place, index, len(losses), mine, carried)
+                self._run(iteration)
+                if not phase.training or index == last:
                     self._finish(iteration)
-                if tracker is not None:
-                    ahead = sum(self.plan.bytes(value) for value in program.loads) if last else 0
-                    memory.append(PhaseMemory(self.shard.standing_bytes(), self._moved(tracker, ahead)))
-                    self._tracker = None
                 carried = self._carry(iteration)
                 if computes:
                     losses.append(self._loss / phase.batch_size)
@@ -234,6 +230,24 @@ class Worker:
             late_s=self._late_s,
             recomputed=0 if self.cache is None else self.cache.recomputed,
         )
+
+    def _watched(
+        self, number: int, place: int, sample_ids: Sequence[int], carried: Mapping[Value, Payload]
+    ) -> PhaseMemory:
+        """Rehearse the first iteration of a later phase, between it and the one before: no part of the run's time."""
+        program = self.programs[place]
+        kept = self._loss, len(self._events), dict(self._busy), dict(self._sent), self._late_s
+        self._prefetch(program, sample_ids, ())
+        self._tracker = tracker = Tracker()
+        with tracker:
+            iteration = self._iteration(REHEARSALS + number, place, 0, -1, sample_ids, carried, rehearsal=True)
+            self._run(iteration)
+        self._finish(iteration)
+        self._tracker = None
+        self._loss, events, self._busy, self._sent, self._late_s = kept
+        del self._events[events:]
+        ahead = sum(self.plan.bytes(value) for value in program.loads) if program.phase.repeat > 1 else 0
+        return PhaseMemory(self.shard.standing_bytes(), self._moved(tracker, ahead))
 
     def stop(self) -> None:
         """End the threads, whatever they wait for. Idempotent."""
