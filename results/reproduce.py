@@ -22,7 +22,7 @@ def experiments() -> list[tuple[str, str]]:
     """(name, title) of the experiments; the title is the file's first line, a comment."""
     return [
         (path.stem, path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# "))
-        for path in sorted(_folder().glob("*.toml"))
+        for path in sorted(_folder().glob("*.toml"), key=lambda path: path.stem)
     ]
 
 

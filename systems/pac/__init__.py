@@ -25,12 +25,13 @@ from systems.pac.planner import EVEN, SHARES, Profile, Split, best_split
 
 #: `shares`: of a micro-batch's rows within a group, "even" as in the paper, or by "speed". `grouping`: devices per
 #: stage, as in "2-1-1", instead of the planner's choice. `whole_stacks`: a stage of several holds layers of the encoder
-#: or of the decoder, as in the authors' code. `cache`: epochs after the first read what the backbone makes.
+#: or of the decoder, as in the authors' code; the paper's equations know no such rule. `cache`: epochs after the first
+#: read what the backbone makes.
 OPTIONS: dict[str, object] = {
     "micro_batch_size": None,
     "shares": EVEN,
     "grouping": None,
-    "whole_stacks": True,
+    "whole_stacks": False,
     "cache": True,
 }
 

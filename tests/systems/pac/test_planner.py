@@ -128,7 +128,9 @@ def test_stages_of_several_hold_the_encoder_or_the_decoder() -> None:
     stacks = layer_stacks(costs)
     assert stacks[0] == "encoder" and stacks[-1] == "decoder"
     for grouping in ([4], [2, 2], [2, 1, 1], [1, 1, 1, 1]):
-        made = pac.plan(workload, costs, devices, {**pac.OPTIONS, "grouping": "-".join(map(str, grouping))})
+        made = pac.plan(
+            workload, costs, devices, {**pac.OPTIONS, "grouping": "-".join(map(str, grouping)), "whole_stacks": True}
+        )
         assert made.summary["grouping"] == grouping
         cuts = made.summary["layer_cuts"]
         assert isinstance(cuts, list)
