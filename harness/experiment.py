@@ -249,6 +249,8 @@ def _requests(workload: Workload, run: Mapping[str, Any], options: Mapping[str, 
     if not 1 <= repeats <= MOST_REPEATS:
         raise OrreryError(f"repeats is {repeats}; it must be at least 1, and at most {MOST_REPEATS}.")
     computed = mode == COMPUTED
+    if run.get("verify", False) and not computed and not workload.training:
+        raise OrreryError("verify compares what was trained, and the technique inference trains nothing.")
     for chosen in _product(options.get(method.name, {})):
         yield Request(
             method=method,

@@ -27,7 +27,7 @@ from harness.records import SCHEMA_VERSION, AssumedConstant, Provenance, Record
 from harness.registry import Testbed
 from harness.trace import Trace
 from harness.trace_export import write_chrome_trace
-from harness.workload import Workload
+from harness.workload import OPTIMIZER_STATE_COPIES, Workload
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def make_plan(request: Request, found: dict[str, Any] | None = None) -> tuple[Co
         about = {
             "planning_time_s": seconds,
             "plan": plain(dict(plan.summary)),
-            "micro_batch_size": max(max(phase.micro_batches) for phase in plan.phases if phase.shards),
+            "micro_batch_size": max(max(p.micro_batches) for p in plan.phases if p.shards and not p.cached),
         }
     except InvalidPlan as error:
         raise OrreryError(f"The plan of {request.method.name} is not valid: {error}.") from error
@@ -273,9 +273,21 @@ def _must_fit_the_question(plan: Plan, costs: Costs, request: Request) -> None:
         found = f"processes {samples} samples, and the workload has {workload.total_samples}"
     elif costs.training and _clips(plan) != (workload.clip_norm is not None):
         found = "clips gradients, and the workload does not" if _clips(plan) else "clips nothing, and the workload does"
+    elif costs.training and (wanted := OPTIMIZER_STATE_COPIES[workload.optimizer]) != (held := _state_copies(plan)):
+        kept = "times as many numbers as are trained in the optimizer's state"
+        found = f"keeps {held:g} {kept}, and {workload.optimizer} keeps {wanted}"
     else:
         return
     raise OrreryError(f"The plan of {request.method.name} {found}. Plan again for this workload and testbed.")
+
+
+def _state_copies(plan: Plan) -> float:
+    """How many numbers the plan keeps of the optimizer for each that is trained."""
+    width = dict.fromkeys(("gradients", "optimizer"), 0)
+    for tensor in plan.tensors.values():
+        if tensor.kind in width:
+            width[tensor.kind] += tensor.width
+    return width["optimizer"] / max(width["gradients"], 1)
 
 
 def _clips(plan: Plan) -> bool:

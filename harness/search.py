@@ -93,18 +93,20 @@ def straight_stages(
     directions = (FORWARD, BACKWARD) if costs.training else (FORWARD,)
     whole = whole_stacks and 1 < len(set(stacks)) <= len(cluster.devices)
 
-    def memory(stage: int, first: int, last: int) -> float:
-        if whole and of_unit[first] != of_unit[last - 1]:
-            return float("inf")
-        passes = (costs.workspace(first, last, direction, rows) for direction in directions)
-        return stage_bytes(costs, workload.optimizer, first, last, rows, in_flight[stage]) + max(passes)
-
     def shape(stage: int, first: int, last: int) -> float:
         return float("inf") if whole and of_unit[first] != of_unit[last - 1] else 0.0
 
-    cuts = balanced_cuts(costs, cluster, cluster.names, rows, memory) or balanced_cuts(
-        costs, cluster, cluster.names, rows, shape
-    )
+    def memory(stage: int, first: int, last: int) -> float:
+        standing = stage_bytes(costs, workload.optimizer, first, last, rows, in_flight[stage])
+        return shape(stage, first, last) + standing
+
+    def generous(stage: int, first: int, last: int) -> float:
+        """With what a pass makes on its way, as if that came on top of the most that is kept."""
+        passes = (costs.workspace(first, last, direction, rows) for direction in directions)
+        return memory(stage, first, last) + max(passes)
+
+    tried = (balanced_cuts(costs, cluster, cluster.names, rows, needed) for needed in (generous, memory, shape))
+    cuts = next(filter(None, tried), None)
     assert cuts is not None
     return [Stage(units, (device,), (1,)) for units, device in zip(cuts, cluster.names, strict=True)]
 

@@ -109,6 +109,7 @@ def _simulate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
         if timed is None:
             timed = prepared[id(phase)] = _time(phase, plan, costs, cluster)
         began = now
+        state.begun = [state.queue[len(QUEUES) * device + QUEUES.index(COMPUTE)] for device in range(len(devices))]
         lengths: list[float] = []
         for iteration, before, start, end in _iterations(timed, state):
             ledger.add(timed.graph, start, end, timed.workspace, before)

@@ -112,7 +112,7 @@ def _weights_gib(record: Record) -> float | None:
 
 
 def _grouping(record: Record) -> str | None:
-    grouping = None if record.plan is None else record.plan["grouping"]
+    grouping = None if record.plan is None else record.plan.get("grouping")
     return "[" + "-".join(map(str, grouping)) + "]" if isinstance(grouping, list) else None
 
 
@@ -141,7 +141,9 @@ def _counts(paper: Paper, setting: Setting) -> Iterator[Comparison]:
             technique = paper.technique(cell)
             asked = workload.technique
             if same(cell.model, model) and (technique == asked or (technique, asked) == ("inference", "full")):
-                counted = _count(cell, replace(workload, technique=technique), device)
+                costs = _costs(replace(workload, technique=technique), device.accelerator)
+                costs = costs.cached if paper.cached.get(cell.technique) else costs
+                counted = _count(cell, costs, workload.batch_size, device)
                 if counted is not None:
                     yield Comparison(cell, *counted)
 
@@ -152,10 +154,8 @@ def _costs(workload: Workload, accelerator: str) -> Costs:
     return profile.count(workload, accelerator)
 
 
-def _count(cell: Cell, workload: Workload, device: Device) -> tuple[float, str] | None:
+def _count(cell: Cell, costs: Costs, rows: int, device: Device) -> tuple[float, str] | None:
     """Our value for a cell that can be counted, and how."""
-    rows = workload.batch_size
-    costs = _costs(workload, device.accelerator)
     everything = (0, len(costs.units))
     match cell.artefact, cell.metric:
         case "fig3", "tflop_forward":

@@ -120,6 +120,8 @@ class Worker:
         self._gradient_storages: set[int] = set()
         self._loss = 0.0
         self._late_s = 0.0
+        #: When the storage queue was last done, when this iteration's loads could begin, and when the next one's can.
+        self._stored_s = self._issued_s = self._issues_s = 0.0
         self._events: list[Event] = []
         self._busy = dict.fromkeys(QUEUES, 0.0)
         self._origin = 0.0
@@ -201,8 +203,9 @@ class Worker:
                     self.barrier()
                 began = time.perf_counter()
                 mine = (ids if computes else moved).next() if phase.micro_batches else ()
-                self._prefetch(program, mine, ids.peek() if index < last else ())
+                self._prefetch(program, mine, ids.peek() if phase.training and index < last else ())
                 iteration = self._iteration(REHEARSALS + number, place, index, len(losses), mine, carried)
+                self._issued_s, self._issues_s = (self._issues_s if index else began), began
                 self._run(iteration)
                 if not phase.training or index == last:
                     self._finish(iteration)
@@ -236,6 +239,7 @@ class Worker:
     ) -> PhaseMemory:
         """Rehearse the first iteration of a later phase, between it and the one before: no part of the run's time."""
         program = self.programs[place]
+        self._gradient_storages.clear()  # of another tracker
         kept = self._loss, len(self._events), dict(self._busy), dict(self._sent), self._late_s
         self._prefetch(program, sample_ids, ())
         self._tracker = tracker = Tracker()
@@ -501,7 +505,7 @@ class Worker:
         """The tensor of a value, which may be a piece of one held."""
         payload = iteration.values.get(value)
         if payload is None:
-            whole = next(held for held in tuple(iteration.values) if is_piece(value, held))
+            whole = next(held for held in tuple(iteration.values) if held.name == value.name and is_piece(value, held))
             payload = iteration.values[whole]
             assert isinstance(payload, Tensor)
             return part(payload, whole, value)
@@ -580,7 +584,10 @@ class Worker:
                 action = iteration.program.actions[node]
                 start = time.perf_counter()
                 self._load_or_store(iteration, action)
+                if self.pace and isinstance(action, Load):
+                    start = max(self._stored_s, self._issued_s)
                 self._keep_pace(iteration, node, start)
+                self._stored_s = time.perf_counter()
                 self._record(iteration, node, STORAGE, start, time.perf_counter())
                 self._done(iteration, node)
         except BaseException as error:

@@ -23,10 +23,10 @@ from harness.workload import Workload
 from systems.pac.cache import with_cache
 from systems.pac.planner import EVEN, SHARES, Profile, Split, best_split
 
-#: `shares`: of a micro-batch's rows within a group, "even" as in the paper, or by "speed". `grouping`: devices per
-#: stage, as in "2-1-1", instead of the planner's choice. `whole_stacks`: a stage of several holds layers of the encoder
-#: or of the decoder, as in the authors' code; the paper's equations know no such rule. `cache`: epochs after the first
-#: read what the backbone makes.
+#: `micro_batch_size`: of the first epoch. `shares`: of a micro-batch's rows within a group, "even" as in the paper, or
+#: by "speed". `grouping`: devices per stage, as in "2-1-1", instead of the planner's choice. `whole_stacks`: a stage of
+#: several holds layers of the encoder or of the decoder, as in the authors' code; the paper's equations know no such
+#: rule. `cache`: epochs after the first read what the backbone makes.
 OPTIONS: dict[str, object] = {
     "micro_batch_size": None,
     "shares": EVEN,
@@ -54,8 +54,9 @@ def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[st
         )
         if found is None:
             raise Unsupported(
-                f"micro-batches of {size} rows can't be shared by {grouping or f'groups of {len(cluster.devices)}'} "
-                "devices: each needs a row, and each stage a layer"
+                f"micro-batches of {size} rows and {len(costs.layers)} layers don't make stages of "
+                f"{options['grouping'] or f'{len(cluster.devices)} devices in all'}: each device needs a row, and each "
+                "stage a layer"
             )
         return stages(profile, found), lambda count: [len(found.groups) - p for p in range(len(found.groups))]
 

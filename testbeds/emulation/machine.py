@@ -34,7 +34,8 @@ class Machine:
     def __init__(self, devices: Sequence[str], isolated: bool, limited: bool, remove: Sequence[Path]) -> None:
         pairs = [socket.socketpair() for _ in range(len(devices) + 1)]
         theirs = [pair[1] for pair in pairs]
-        command = [sys.executable, "-m", "testbeds.emulation.nursery", *(str(end.fileno()) for end in theirs)]
+        safe = ["-P"] if sys.version_info >= (3, 11) else []  # a numbers.py in the user's folder is none of ours
+        command = [sys.executable, *safe, "-m", "testbeds.emulation.nursery", *(str(end.fileno()) for end in theirs)]
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         self._nursery = subprocess.Popen(
             command,

@@ -47,8 +47,13 @@ def alone() -> object:
         yield
 
 
-@pytest.mark.parametrize("grouping", ["2", "1-1", "2-2", "2-1-1"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "grouping"),
+    [
+        *((model, grouping) for model in MODELS for grouping in ("2", "1-1", "2-2", "2-1-1")),
+        *((model, grouping) for model in ("bert-tiny", "t5-tiny") for grouping in ("1-2", "1-1-2", "2-3")),
+    ],
+)
 def test_trains_as_one_device_without_a_cache(model: str, grouping: str, tmp_path: Path) -> None:
     """Dropout beside the backbone, three epochs, a smaller last batch."""
     text = replace(TEXT, model=model)
