@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from harness import datasets, profile, reference
+from harness import datasets, profile, reference, runner
 from harness.costs import Costs
+from harness.errors import OrreryError
+from harness.experiment import one
 from harness.plan import Load, Plan, Store
+from harness.plan.serial import to_json
 from harness.plan.validate import validate
 from harness.simulator import simulate
 from harness.threads import one_thread
@@ -117,3 +120,36 @@ def test_what_every_device_has_stored_is_what_it_loads() -> None:
                             assert entries <= held[device]
                             loaded += phase.name == "cached epoch"
     assert loaded
+
+
+def test_a_plan_is_for_one_optimizer_and_begins_with_what_fills_the_cache(tmp_path: Path) -> None:
+    """Saved plans run with other workloads: refused, not computed wrongly."""
+    asked = {"model": "bert-tiny", "dataset": "synthetic", "technique": "parallel-adapters", "testbed": "local-2"}
+    asked |= {"num_samples": 8, "batch_size": 4, "seq_len": 16, "epochs": 2}
+    _, plan = runner.make_plan(one({**asked, "method": "pac"}, {"grouping": "1-1"}))
+    path = tmp_path / "plan.json"
+    path.write_text(to_json(plan))
+    assert runner.run(one({**asked, "plan": str(path)}, {})).status == "ok"
+    for optimizer, copies in (("sgd-momentum", 1), ("adamw", 2)):
+        with pytest.raises(OrreryError, match=f"optimizer's state, and {optimizer} keeps {copies}"):
+            runner.run(one({**asked, "plan": str(path), "optimizer": optimizer}, {}))
+    later = tuple(phase for phase in plan.phases if phase.cached)
+    path.write_text(to_json(replace(plan, phases=later)))
+    with pytest.raises(OrreryError, match="'cached epoch' reads from a cache, and no phase before it has filled one"):
+        runner.run(one({**asked, "plan": str(path), "epochs": 1}, {}))
+
+
+def test_inference_has_nothing_to_verify() -> None:
+    with pytest.raises(OrreryError, match="verify compares what was trained, and the technique inference trains"):
+        one(
+            {
+                "method": "pac",
+                "model": "bert-tiny",
+                "technique": "inference",
+                "testbed": "local-2",
+                "verify": True,
+                "dataset": "synthetic",
+                "mode": "emulated",
+            },
+            {},
+        )
