@@ -104,6 +104,8 @@ class Layered:
     @staticmethod
     def _needed(units: Sequence[Unit], later: Collection[str], known: Collection[str]) -> list[Unit]:
         """The units without which what is wanted later can't be made from what is known."""
+        if not any(name in known for unit in units for name in unit.writes):
+            return list(units)
         missing, found = set(later).difference(known), []
         for unit in reversed(units):
             if missing.intersection(unit.writes):
