@@ -163,7 +163,7 @@ def plan_pipeline(
         if excess is not None:
             misses.append(excess)
             continue
-        seconds = _weighted_seconds(plan, trace)
+        seconds = weighted_seconds(plan, trace)
         if best is None or seconds < best[0]:
             best = (seconds, plan)
     if best is not None:
@@ -183,7 +183,7 @@ def overflow(trace: Trace, cluster: Cluster) -> OutOfMemory | None:
     return max(misses, key=lambda miss: miss.needed_bytes - miss.available_bytes, default=None)
 
 
-def _weighted_seconds(plan: Plan, trace: Trace) -> float:
+def weighted_seconds(plan: Plan, trace: Trace) -> float:
     """Seconds of the whole run, from the last estimated iteration of each distinct phase."""
     distinct = list({id(phase): phase for phase in plan.phases}.values())
     seconds = {id(phase): seen.iteration_s[-1] for phase, seen in zip(distinct, trace.phases, strict=True)}

@@ -90,7 +90,7 @@ def _runs(paper: Paper, records: Sequence[Record]) -> Iterator[Comparison]:
                 and cell.devices in ("1", str(record.num_devices))
                 and record.steps is None
                 and cell.epochs in ("", str(record.epochs))
-                and record.batch_size == (record.num_devices if cell.artefact in paper.one_sample_per_device else 16)
+                and record.batch_size == paper.batch_size(cell, record.num_devices)
                 and caches(record) == paper.caches(cell)
             ):
                 yield Comparison(cell, RUNS[cell.artefact][cell.metric](record), record.method)

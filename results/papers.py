@@ -84,6 +84,10 @@ class Paper:
         """Our name of the cell's technique, if we have it."""
         return self.techniques.get(cell.technique, cell.technique.lower())
 
+    def batch_size(self, cell: Cell, num_devices: int) -> int:
+        """Samples in a mini-batch of the cell's run."""
+        return num_devices if cell.artefact in self.one_sample_per_device else self.analysed["batch_size"]
+
     def caches(self, cell: Cell) -> bool:
         """Whether later epochs of the cell's run read activations from a cache."""
         used = self.cached.get(f"{cell.artefact} {cell.system}", self.cached.get(cell.technique, False))

@@ -182,7 +182,7 @@ class Emulation:
         return decide(cluster, self.testbed.own_memory, speeds(cluster, costs, PROFILED_ROWS), rate, headroom)
 
     def _pace(self, plan: Plan, costs: Costs, dilation: float) -> dict[str, list[dict[str, float]]]:
-        """Per device and phase the seconds of each node of its compute queue, here; empty where nothing is paced."""
+        """Per device and phase the seconds of each node of its compute and storage queues, here; empty where nothing is paced."""
         if not self.paced:
             return {}
         phases = own_seconds(plan, costs, self.testbed.cluster)

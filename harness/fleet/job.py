@@ -48,7 +48,7 @@ class Job:
 
     `enter` are files that take the process's id, which moves it into its control groups; `enter_computing` take that of
     the thread that computes, once the others run.
-    `pace`: of every phase the seconds of each node of the compute queue, as JSON has them; none: as fast as it can.
+    `pace`: of every phase the seconds of each node that the device does by itself; none: as fast as it can.
     `latency_s` is added to every message. `save` writes the trained shard into the folder.
     """
 

@@ -63,8 +63,7 @@ def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[st
     if not _caches(workload, costs, options["cache"]):
         return plan_pipeline("pac", workload, costs, cluster, layout, options)
     first = plan_pipeline("pac", replace(workload, epochs=1), costs, cluster, layout, options, store=True)
-    alone = [1.0] * len(cluster.devices) if shares == EVEN else profile.speeds
-    return with_cache(first, workload, costs, cluster, alone)
+    return with_cache(first, workload, costs, cluster, profile.weights(0, len(cluster.devices)))
 
 
 def _caches(workload: Workload, costs: Costs, asked: object) -> bool:
@@ -86,8 +85,8 @@ def stages(profile: Profile, found: Split) -> list[Stage]:
     names, layers = profile.cluster.names, profile.costs.layers
     made = []
     for (x, y), (first, last) in zip(found.layers, found.devices(), strict=True):
-        shares = [1.0] * (last - first) if profile.shares == EVEN else profile.speeds[first:last]
-        made.append(Stage((layers[x][0], layers[y - 1][1]), names[first:last], tuple(shares)))
+        units = layers[x][0], layers[y - 1][1]
+        made.append(Stage(units, names[first:last], tuple(profile.weights(first, last))))
     return made
 
 

@@ -6,28 +6,19 @@ From then on devices are replicas that read from the cache; the frozen weights a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 from harness.cluster import Cluster
 from harness.costs import Costs
 from harness.errors import OutOfMemory, Unsupported
-from harness.plan import Action, Free, Load, Phase, Plan, Recv, Send, Store, Tensor, Value
+from harness.plan import Action, Free, Load, Phase, Plan, Recv, Send, Store, Value
 from harness.plan.values import Range
 from harness.schedules import Pipeline, Stage, micro_batches
-from harness.search import micro_batch_sizes, overflow
+from harness.search import micro_batch_sizes, overflow, weighted_seconds
 from harness.simulator import estimate
 from harness.workload import Workload
-
-
-@dataclass(frozen=True)
-class Cached:
-    """The phases after the first epoch for one size of micro-batch, and the tensors that they name."""
-
-    phases: tuple[Phase, ...]
-    tensors: Mapping[str, Tensor]
-    micro_batch_size: int
 
 
 def with_cache(first: Plan, workload: Workload, costs: Costs, cluster: Cluster, shares: Sequence[float]) -> Plan:
@@ -40,16 +31,13 @@ def with_cache(first: Plan, workload: Workload, costs: Costs, cluster: Cluster, 
     best: tuple[float, Plan] | None = None
     misses: list[OutOfMemory] = []
     for size in micro_batch_sizes(workload.batch_size):
-        found = _cached(first, later, costs, cluster, shares, size)
-        plan = replace(first, tensors={**first.tensors, **found.tensors}, phases=found.phases)
+        plan = _cached(first, later, costs, cluster, shares, size)
         trace = estimate(plan, costs, cluster)
         excess = overflow(trace, cluster)
         if excess is not None:
             misses.append(excess)
             continue
-        distinct = {id(phase): phase for phase in plan.phases}
-        lengths = dict(zip(distinct, (seen.iteration_s[-1] for seen in trace.phases), strict=True))
-        seconds = sum(lengths[id(phase)] * phase.repeat for phase in plan.phases)
+        seconds = weighted_seconds(plan, trace)
         if best is None or seconds < best[0]:
             summary = {**first.summary, "cached_micro_batch_size": size}
             best = seconds, replace(plan, phases=(*first.phases, *plan.phases), summary=summary)
@@ -58,7 +46,8 @@ def with_cache(first: Plan, workload: Workload, costs: Costs, cluster: Cluster, 
     return best[1]
 
 
-def _cached(first: Plan, later: Workload, costs: Costs, cluster: Cluster, shares: Sequence[float], size: int) -> Cached:
+def _cached(first: Plan, later: Workload, costs: Costs, cluster: Cluster, shares: Sequence[float], size: int) -> Plan:
+    """What comes after the first epoch, with all tensors of both."""
     regions = tuple(sorted({shard.units for shard in first.phases[0].shards.values()}))
     apart = tuple(name.removeprefix("weights:") for name in first.tensors if name.startswith("weights:"))
     stage = Stage((0, len(costs.units)), cluster.names, tuple(shares))
@@ -76,9 +65,9 @@ def _cached(first: Plan, later: Workload, costs: Costs, cluster: Cluster, shares
             made = pipeline.phase(batches, [1], "cached epoch", repeat)
             epochs[batch_size] = made
         trained.append(made)
-    moved = [_hand_out_cache(phase, epochs[phase.batch_size], pipeline) for phase in first.phases]
-    given = _hand_out_weights(first, trained[0])
-    return Cached((given, *(phase for phase in moved if phase is not None), *trained), pipeline.tensors, size)
+    moved = (_hand_out_cache(phase, epochs[phase.batch_size]) for phase in first.phases)
+    phases = (_hand_out_weights(first, trained[0]), *filter(None, moved), *trained)
+    return replace(first, tensors={**first.tensors, **pipeline.tensors}, phases=phases)
 
 
 def _hand_out_weights(first: Plan, after: Phase) -> Phase:
@@ -109,7 +98,7 @@ def _hand_out_weights(first: Plan, after: Phase) -> Phase:
     )
 
 
-def _hand_out_cache(before: Phase, after: Phase, pipeline: Pipeline) -> Phase | None:
+def _hand_out_cache(before: Phase, after: Phase) -> Phase | None:
     """Of each batch of the first epoch, what devices have stored goes to those that will train on it.
 
     None where every device has stored just what it will need.

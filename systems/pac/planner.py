@@ -75,8 +75,11 @@ class Profile:
 
     def rows(self, first: int, last: int, micro_batch: int) -> list[int]:
         """Rows of a micro-batch that each of the devices [first, last) takes."""
-        weights = [1.0] * (last - first) if self.shares == EVEN else self.speeds[first:last]
-        return split(micro_batch, weights)
+        return split(micro_batch, self.weights(first, last))
+
+    def weights(self, first: int, last: int) -> list[float]:
+        """In what proportion the devices [first, last) share rows."""
+        return [1.0] * (last - first) if self.shares == EVEN else self.speeds[first:last]
 
     def layer_seconds(self, device: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """t_f and t_b of the first l layers of the model, l = 0 ... L, for `rows` rows."""
@@ -139,9 +142,9 @@ class Profile:
                 stays[x, y + 1], fixed[x, y + 1], per_row[x, y + 1] = standing, kept, kept_per_row
         return stays, fixed, per_row
 
-    def bytes(self, layers: tuple[int, int], rows: int, in_flight: int) -> float:
-        """m_d: what a device needs that holds these layers and has so many micro-batches of `rows` rows in flight."""
-        stays, fixed, per_row = (float(table[layers]) for table in self.memory)
+    def bytes(self, rows: int, in_flight: int) -> np.ndarray:
+        """m_d of every range of layers [x, y), with so many micro-batches of `rows` rows in flight."""
+        stays, fixed, per_row = self.memory
         return stays + in_flight * (fixed + per_row * rows)
 
     def transfer_seconds(self, cut: int, micro_batch: int, before: int, after: int) -> tuple[float, float]:
@@ -185,7 +188,6 @@ def best_split(
     profile: Profile,
     micro_batch: int,
     count: int,
-    most_stages: int | None = None,
     grouping: Sequence[int] | None = None,
 ) -> Split | None:
     """The split that equations 2 to 6 choose for `count` micro-batches of `micro_batch` rows; None where none fits.
@@ -193,7 +195,7 @@ def best_split(
     `grouping` fixes the numbers of devices per stage.
     """
     best: tuple[float, Split] | None = None
-    for found in splits(profile, micro_batch, count, most_stages, grouping):
+    for found in splits(profile, micro_batch, count, grouping):
         seconds = sum(phases(profile, found, micro_batch, count))
         if best is None or seconds < best[0]:
             best = seconds, found
@@ -204,7 +206,6 @@ def splits(
     profile: Profile,
     micro_batch: int,
     count: int,
-    most_stages: int | None = None,
     grouping: Sequence[int] | None = None,
 ) -> Iterator[Split]:
     """For every number of stages, from one on, the split on all devices whose slowest stage is fastest (eqs 2 and 3).
@@ -213,7 +214,7 @@ def splits(
     """
     num_devices, num_layers = len(profile.devices), profile.num_layers
     groups = None if grouping is None else list(grouping)
-    stages = min(num_devices, num_layers, most_stages or num_devices)
+    stages = min(num_devices, num_layers)
     if groups is not None:
         stages = len(groups)
     previous = np.full((num_devices + 1, num_layers + 1), np.inf)
@@ -278,8 +279,7 @@ class _Tables:
             for (_, count, budget), device in working.items():
                 total = np.add(*profile.layer_seconds(device, count))
                 seconds = total[None, :] - total[:, None]
-                stays, fixed, per_row = profile.memory
-                seconds[stays + in_flight * (fixed + per_row * count) > budget] = np.inf
+                seconds[profile.bytes(count, in_flight) > budget] = np.inf
                 slowest = np.maximum(slowest, seconds)
             slowest[self._backwards] = np.inf
             if not alone:

@@ -119,7 +119,7 @@ def test_memory_of_ranges_is_what_every_planner_counts(model: str, technique: st
         first, last = costs.layers[x][0], costs.layers[y - 1][1]
         for rows, in_flight in ((1, 1), (3, 2)):
             wanted = stage_bytes(costs, "adamw", first, last, rows, in_flight)
-            assert found.bytes((x, y), rows, in_flight) == pytest.approx(wanted)
+            assert found.bytes(rows, in_flight)[x, y] == pytest.approx(wanted)
 
 
 def test_stages_of_several_hold_the_encoder_or_the_decoder() -> None:
