@@ -133,7 +133,10 @@ class Emulation:
             raise
         finally:
             events.undo()
-        found = replace(execution(plan, reports, workload.training, dilation), emulation=self._about(reports))
+        about = self._about(reports)
+        if recomputed := {report.device: report.recomputed for report in reports if report.recomputed}:
+            about["recomputed_cache_entries"] = recomputed
+        found = replace(execution(plan, reports, workload.training, dilation), emulation=about)
         if not verify:
             return found
         wanted = reference.train(plan, workload, dataset)
@@ -182,7 +185,7 @@ class Emulation:
         return decide(cluster, self.testbed.own_memory, speeds(cluster, costs, PROFILED_ROWS), rate, headroom)
 
     def _pace(self, plan: Plan, costs: Costs, dilation: float) -> dict[str, list[dict[str, float]]]:
-        """Per device and phase the seconds of each node of its compute and storage queues, here; empty where nothing is paced."""
+        """Per device and phase the seconds of each node that it does by itself, here; empty where nothing is paced."""
         if not self.paced:
             return {}
         phases = own_seconds(plan, costs, self.testbed.cluster)

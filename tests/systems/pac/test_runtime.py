@@ -6,11 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from harness import datasets, profile, reference, runner
+from harness import datasets, models, profile, reference, runner
 from harness.costs import Costs
 from harness.errors import OrreryError
 from harness.experiment import one
+from harness.fleet.job import WEIGHTS, Job, _cache
+from harness.models import shards
 from harness.plan import Load, Plan, Store
 from harness.plan.serial import to_json
 from harness.plan.validate import validate
@@ -159,3 +162,22 @@ def test_inference_has_nothing_to_verify() -> None:
             },
             {},
         )
+
+
+def test_damaged_entries_are_made_again_from_the_weights(tmp_path: Path) -> None:
+    """What a worker's cache recomputes is what the model makes of these samples, bit by bit."""
+    plan, costs = planned(TEXT, "1-1")
+    shards.write(TEXT, tmp_path / WEIGHTS)
+    data, ids = datasets.load(TEXT), [3, 11]
+    job = Job("device0", "", {}, str(tmp_path), 0, "", "")
+    cache = _cache(job, plan, TEXT, data)
+    try:
+        for name in costs.cacheable:
+            wanted = models.build(TEXT).run(0, plan.num_units, data.batch(ids), wanted=costs.cacheable)[name]
+            cache.put(name, ids, wanted)
+            (path,) = cache.folder.glob(f"{name}.bin")
+            path.write_bytes(b"")
+            assert torch.equal(cache.get(name, ids), wanted.detach())
+        assert cache.recomputed == len(ids) * len(costs.cacheable)
+    finally:
+        cache.clear()
