@@ -12,6 +12,7 @@ from harness.plan.flow import link
 from harness.plan.gradients import check_gradients
 from harness.plan.graph import InvalidPlan, check_order
 from harness.plan.plan import Phase, Plan
+from harness.plan.storage import check_storage
 from harness.plan.values import Range, Value, saved_name
 
 
@@ -21,11 +22,10 @@ def validate(plan: Plan, costs: Costs) -> dict[str, int]:
     In each phase: every value is written before it is read and freed once, sends and receives pair up, the order
     can't deadlock; each row of every unit is computed exactly once per micro-batch, from the tensors
     that the unit reads; each weight's gradient, when its step reads it, holds every row of every stage that uses the
-    weight exactly once. A phase begins with what the one before leaves. Raises InvalidPlan.
+    weight exactly once. A phase begins with what the one before leaves, and loads what was stored on its device before
+    it. Raises InvalidPlan.
     Workspace inside an action is in the simulator's ledger.
     """
-    if plan.phases and plan.phases[0].cached:
-        raise InvalidPlan(f"phase {plan.phases[0].name!r} reads from a cache, and no phase before it has filled one")
     high: dict[str, int] = {}
     checked: set[int] = set()
     for before, phase in zip((None, *plan.phases), plan.phases, strict=False):
@@ -43,6 +43,7 @@ def validate(plan: Plan, costs: Costs) -> dict[str, int]:
             check_gradients(phase, plan)
         for device, nbytes in zip(graph.devices, graph.high_water, strict=True):
             high[device] = max(high.get(device, 0), nbytes)
+    check_storage(plan)
     return high
 
 

@@ -15,7 +15,9 @@ from harness.experiment import one
 from harness.fleet.job import WEIGHTS, Job, _cache
 from harness.models import shards
 from harness.plan import Load, Plan, Store
+from harness.plan.graph import InvalidPlan
 from harness.plan.serial import to_json
+from harness.plan.storage import check_storage
 from harness.plan.validate import validate
 from harness.simulator import simulate
 from harness.threads import one_thread
@@ -131,6 +133,20 @@ def test_what_every_device_has_stored_is_what_it_loads() -> None:
     assert loaded
 
 
+@pytest.mark.parametrize("grouping", ["1-1", "2-1-1"])
+def test_without_one_of_its_stores_a_plan_is_rejected(grouping: str) -> None:
+    """In the first epoch or in what is handed out: the row that is not there is named."""
+    plan, _ = planned(TEXT, grouping)
+    for place, phase in enumerate(plan.phases):
+        for device, actions in phase.actions.items():
+            for index in [i for i, action in enumerate(actions) if isinstance(action, Store)][::5]:
+                value = actions[index].value
+                less = {**phase.actions, device: actions[:index] + actions[index + 1 :]}
+                phases = (*plan.phases[:place], replace(phase, actions=less), *plan.phases[place + 1 :])
+                with pytest.raises(InvalidPlan, match=rf"loads {value.name} of row \d+ of \d+ batches of"):
+                    check_storage(replace(plan, phases=phases))
+
+
 def test_a_plan_is_for_one_optimizer_and_begins_with_what_fills_the_cache(tmp_path: Path) -> None:
     """Saved plans run with other workloads: refused, not computed wrongly."""
     asked = {"model": "bert-tiny", "dataset": "synthetic", "technique": "parallel-adapters", "testbed": "local-2"}
@@ -144,7 +160,8 @@ def test_a_plan_is_for_one_optimizer_and_begins_with_what_fills_the_cache(tmp_pa
             runner.run(one({**asked, "plan": str(path), "optimizer": optimizer}, {}))
     later = tuple(phase for phase in plan.phases if phase.cached)
     path.write_text(to_json(replace(plan, phases=later)))
-    with pytest.raises(OrreryError, match="'cached epoch' reads from a cache, and no phase before it has filled one"):
+    never_stored = r"'cached epoch': device0 loads .* of row 0 of 2 batches of 4, .* have stored it there of 0"
+    with pytest.raises(OrreryError, match=never_stored):
         runner.run(one({**asked, "plan": str(path), "epochs": 1}, {}))
 
 
