@@ -3,11 +3,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 from pathlib import Path
+from statistics import geometric_mean
 
 import pytest
 
 from results import papers
 from testbeds import library
+from testbeds.profiles import load_device
 
 REFERENCE = Path(papers.__file__).parent / "reference"
 KINDS = {"printed", "figure", "inferred"}
@@ -78,3 +80,21 @@ def test_constants_are_fitted_to_cells_that_exist(testbed: str) -> None:
 def test_a_name_fits_one_cell_only() -> None:
     fitted = [c for c in papers.load("pac").cells if c.fitted(["pac fig8a T5-Base Full forward"])]
     assert [(c.metric, c.value) for c in fitted] == [("forward_time_per_sample_s", "0.2257")]
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_nanos_rates_are_the_mean_of_what_they_were_fitted_to(direction: str) -> None:
+    """Figure 3's operations over Figure 8(a)'s seconds of a batch of 16, as a part of the peak; to the digits given."""
+    nano = load_device("jetson-nano-10w").constants
+    efficiency = nano[f"efficiency_matmul_{direction}"]
+    rates = []
+    for name in efficiency.cells:
+        (timed,) = (cell for cell in papers.load("pac").cells if cell.fitted([name]))
+        (counted,) = (
+            cell
+            for cell in papers.load("pac").cells
+            if (cell.artefact, cell.model, cell.technique) == ("fig3", timed.model, timed.technique)
+            and cell.metric == f"tflop_{direction}"
+        )
+        rates.append(float(counted.value) * 1e12 / 16 / float(timed.value))
+    assert efficiency.value * nano["peak_fp32_flops_per_s"].value == pytest.approx(geometric_mean(rates), rel=2e-3)

