@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from harness import models
 from harness.errors import Unsupported
-from harness.models import side, techniques
+from harness.models import techniques
 from harness.models.classifier import at_last_token
 from harness.models.layered import Layered
 from tests.harness.models import text_oracle as oracle
@@ -20,8 +20,8 @@ PARALLEL_ADAPTERS = {"t5-base": 5.09, "bart-large": 9.05, "t5-large": 17.70}
 ADDING = ("lora", "adapters", "parallel-adapters")
 
 
-def on_meta(model: str, technique: str) -> Layered:
-    return models.build(oracle.workload(model, technique=technique), "meta")
+def on_meta(model: str, technique: str, **options: object) -> Layered:
+    return models.build(oracle.workload(model, technique=technique, technique_options=options), "meta")
 
 
 def trained_numel(layered: Layered) -> int:
@@ -201,10 +201,14 @@ def test_what_can_not_be_adapted_is_said():
             models.build(oracle.workload("resnet-tiny", technique=technique), "meta")
 
 
-def test_widths_that_do_not_divide_are_said(monkeypatch):
-    monkeypatch.setattr(side, "REDUCTION", 7)
+def test_widths_that_do_not_divide_are_said():
     with pytest.raises(Unsupported, match="7 times narrower, and hidden_size is 64"):
-        on_meta("bert-tiny", "parallel-adapters")
-    monkeypatch.setattr(techniques, "ADAPTER_REDUCTION", 7)
+        on_meta("bert-tiny", "parallel-adapters", reduction=7)
+    with pytest.raises(Unsupported, match="and num_attention_heads is 4: a hidden_size of 2 is no multiple"):
+        on_meta("bert-tiny", "parallel-adapters", reduction=32)
     with pytest.raises(Unsupported, match="and 64 is no multiple"):
-        on_meta("bert-tiny", "adapters")
+        on_meta("bert-tiny", "adapters", reduction=7)
+    with pytest.raises(Unsupported, match="names layer 4, and the model's last one is 3"):
+        on_meta("bert-tiny", "parallel-adapters", dropped="1,4")
+    with pytest.raises(Unsupported, match="names all layers of a stack"):
+        on_meta("t5-tiny", "parallel-adapters", dropped="0,1")
