@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from harness.records import Record
 
 
-def run(*, options: Mapping[str, object] | None = None, **named: Any) -> Record:
+def run(
+    *, options: Mapping[str, object] | None = None, technique_options: Mapping[str, object] | None = None, **named: Any
+) -> Record:
     """One run, named as on the command line (`batch_size` for `--batch-size`); returns what `--json` prints.
 
-    `options` are the method's own. Nothing is written. Raises `harness.errors.OrreryError` for bad input.
+    `options` are the method's own, `technique_options` the technique's. Nothing is written, but what `save_adapter`
+    names. Raises `harness.errors.OrreryError` for bad input.
     """
     from harness import experiment, runner
 
-    return runner.run(experiment.one(named, options or {}))
+    return runner.run(experiment.one(named, options or {}, technique_options))

@@ -73,7 +73,9 @@ Checkpoint = Annotated[str | None, typer.Option("--checkpoint", help="folder or 
 Seed = Annotated[int | None, typer.Option("--seed")]
 Testbed = Annotated[str | None, typer.Option("--testbed", help="name of a testbed, or path of a TOML file")]
 Mode = Annotated[str | None, typer.Option("--mode", help="simulated (default), emulated or real")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="METHOD.OPTION=VALUE", help="option of a method")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME.OPTION=VALUE", help="option of a method or a technique")
+]
 Out = Annotated[Path, typer.Option("--out", help="folder of results")]
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, nothing else")]
 DEFAULT_OUT = Path("orrery-runs")
@@ -137,13 +139,14 @@ def profile(
     image_size: ImageSize = None,
     dtype: Dtype = None,
     attn_implementation: Attention = None,
+    options: Set = None,
 ) -> None:
     """Count what a model costs unit by unit, and time it where the testbed is this machine. Both are kept."""
     from harness import registry, runner, show
-    from harness.experiment import workload_of
+    from harness.experiment import counted
 
     bed = registry.load_testbed(testbed)
-    workload = workload_of(_tables(ctx)["workload"], "the command line")
+    workload = counted(_tables(ctx), "the command line")
     print(show.costs_table(runner.profile_of(workload, bed), bed.cluster, workload.batch_size))
 
 
@@ -321,16 +324,19 @@ def _tables(ctx: typer.Context) -> dict[str, dict[str, Any]]:
 
 
 def _options(settings: Iterable[str]) -> dict[str, dict[str, object]]:
-    """`method.option=value`; the value as TOML reads it, or the text itself where it reads none."""
+    """`name.option=value`, the name of a method or a technique; the value as TOML reads it, or else the text itself."""
     from harness.experiment import toml_value
 
     options: dict[str, dict[str, object]] = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
-        method, dot, option = name.partition(".")
-        if not (equals and dot and method and option):
-            raise OrreryError(f"--set is {setting!r}. Allowed is METHOD.OPTION=VALUE, such as eddl.shares=speed.")
-        options.setdefault(method.replace("_", "-"), {})[option] = toml_value(value)
+        owner, dot, option = name.partition(".")
+        if not (equals and dot and owner and option):
+            raise OrreryError(
+                f"--set is {setting!r}. Allowed is METHOD.OPTION=VALUE or TECHNIQUE.OPTION=VALUE, such as "
+                "eddl.shares=speed or lora.rank=4."
+            )
+        options.setdefault(owner.replace("_", "-"), {})[option] = toml_value(value)
     return options
 
 

@@ -10,7 +10,7 @@ method = ["eddl", "gpipe"]
 testbed = "pac-nano-4"
 mode = "simulated"
 
-[options.eddl]                   # a method's own options
+[options.eddl]                   # the options of a method, or of a technique
 shares = ["equal", "proportional"]
 """
 
@@ -31,6 +31,7 @@ from harness.errors import OrreryError, unknown_name
 from harness.plain import A_NAME, is_name, is_plain
 from harness.records import SCHEMA_VERSION
 from harness.registry import Method, Testbed
+from harness.techniques import TECHNIQUES
 from harness.workload import Workload
 
 if sys.version_info >= (3, 11):
@@ -71,6 +72,7 @@ KEYS: dict[str, dict[str, type]] = {
         "verify": bool,
     },
 }
+DEFAULT_TECHNIQUE = "full"
 DEFAULT_DATASETS = {"text": "mrpc", "image": "digits"}
 #: PAC (ICPP 2024) trains with mini-batches of 16.
 DEFAULT_BATCH_SIZE = 16
@@ -138,15 +140,34 @@ def expand(tables: Mapping[str, Any], source: str) -> list[Request]:
     without planning is refused here, before the first run.
     """
     _check(tables, source)
-    workloads = [workload_of(values, source) for values in _product(tables.get("workload", {}))]
+    options = tables.get("options", {})
     requests = [
         request
-        for workload in workloads
+        for workload in workloads(tables, source)
         for values in _product(_method_last(tables.get("run", {})))
-        for request in _requests(workload, values, tables.get("options", {}))
+        for request in _requests(workload, values, options)
     ]
-    _every_option_used(tables.get("options", {}), requests, source)
+    methods = {request.method.name for request in requests}
+    _every_option_used(options, methods, {request.workload.technique for request in requests}, source)
     return requests
+
+
+def workloads(tables: Mapping[str, Any], source: str) -> list[Workload]:
+    """Those that the table `workload` asks for, each with every choice of its technique's options."""
+    return [
+        workload_of({**values, "technique_options": chosen}, source)
+        for values in _product(tables.get("workload", {}))
+        for chosen in _product(tables.get("options", {}).get(values.get("technique", DEFAULT_TECHNIQUE), {}))
+    ]
+
+
+def counted(tables: Mapping[str, Any], source: str) -> Workload:
+    """The workload of which nothing is run: no method's options have a meaning for it."""
+    found = workloads(tables, source)
+    if len(found) != 1:
+        raise OrreryError(f"In {source}: {len(found)} workloads are named. Give one value for each option.")
+    _every_option_used(tables.get("options", {}), set(), {found[0].technique}, source)
+    return found[0]
 
 
 def toml_value(text: str) -> object:
@@ -164,11 +185,12 @@ def _check(tables: Mapping[str, Any], source: str) -> None:
         if not isinstance(table, Mapping):
             _refuse(source, section, f"is {table!r}", f"Allowed is a table: [{section}]")
         if section == "options":
-            for method, options in table.items():
+            for owner, options in table.items():
                 if not isinstance(options, Mapping):
-                    _refuse(source, f"options.{method}", f"is {options!r}", "Allowed is a table: [options.METHOD]")
+                    allowed = "Allowed is a table: [options.METHOD] or [options.TECHNIQUE]"
+                    _refuse(source, f"options.{owner}", f"is {options!r}", allowed)
                 for option, value in options.items():
-                    _check_values(source, f"options.{method}.{option}", value)
+                    _check_values(source, f"options.{owner}.{option}", value)
             continue
         for key, value in table.items():
             if key not in KEYS[section]:
@@ -295,17 +317,19 @@ def _option(method: Method, name: str, value: object) -> object:
     )
 
 
-def _every_option_used(options: Mapping[str, Any], requests: Iterable[Request], source: str) -> None:
-    """An option of a method that is not asked for would do nothing: say so instead."""
-    asked = {request.method.name for request in requests}
-    for method in options:
-        if method not in asked:
-            found = "sets options of a method that is not run"
-            _refuse(source, f"options.{method}", found, f"Run are: {', '.join(sorted(asked))}")
+def _every_option_used(options: Iterable[str], methods: set[str], techniques: set[str], source: str) -> None:
+    """Options of a method or a technique that is not asked for would do nothing: say so instead."""
+    for owner in options:
+        kind, asked = ("technique", techniques) if owner in TECHNIQUES else ("method", methods)
+        if owner not in asked:
+            found = f"sets options of a {kind} that is not run"
+            _refuse(source, f"options.{owner}", found, f"Run are: {', '.join(sorted(asked)) or 'none'}")
 
 
-def one(named: Mapping[str, Any], options: Mapping[str, object]) -> Request:
-    """The request of a call from Python: keys of all sections in one mapping, options of the one method."""
+def one(
+    named: Mapping[str, Any], options: Mapping[str, object], technique_options: Mapping[str, object] | None = None
+) -> Request:
+    """The request of a call from Python: keys of all sections in one mapping, options of the method and technique."""
     tables: dict[str, dict[str, Any]] = {
         section: {key: named[key] for key in keys if named.get(key) is not None} for section, keys in KEYS.items()
     }
@@ -317,6 +341,9 @@ def one(named: Mapping[str, Any], options: Mapping[str, object]) -> Request:
         if "method" not in tables["run"]:
             raise OrreryError("The call sets options, but names no method that they belong to. Give method=.")
         tables["options"] = {registry.load_method(tables["run"]["method"]).name: dict(options)}
+    if technique_options:
+        owner = tables["workload"].get("technique", DEFAULT_TECHNIQUE)
+        tables["options"] = {**tables.get("options", {}), owner: dict(technique_options)}
     requests = expand(tables, "the call")
     if len(requests) != 1:
         raise OrreryError(f"The call names {len(requests)} runs. Give one value each, or use an experiment file.")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 #: Raised whenever a field changes its meaning, appears or goes. It is part of what a stored run is named by.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 #: Fields that may differ between two runs of the same input in simulated mode; all others are equal to the byte.
 NOT_DETERMINISTIC = ("planning_time_s", "provenance")
@@ -110,6 +110,7 @@ class Record(Part):
     method: str
     method_options: dict[str, JsonValue]
     technique: str
+    technique_options: dict[str, JsonValue]
     model: str
     dataset: str
     num_samples: int = Field(description="samples per epoch")

@@ -26,6 +26,7 @@ from harness.costs import Costs
 from harness.errors import OrreryError, unknown_name
 from harness.plain import is_plain
 from harness.plan import Plan
+from harness.techniques import TECHNIQUES
 from harness.workload import Workload
 
 SYSTEMS, BASELINES = METHOD_PACKAGES = ("systems", "baselines")
@@ -176,6 +177,8 @@ def _load_file(path: Path) -> Method:
 
 
 def _method(name: str, module: ModuleType, where: str, digest: str | None = None) -> Method:
+    if name in TECHNIQUES:
+        raise OrreryError(f"{where} makes a method called {name}, and so is a technique called. Rename the file.")
     plan, options = getattr(module, "plan", None), getattr(module, "OPTIONS", None)
     if not callable(plan) or not isinstance(options, Mapping):
         raise OrreryError(

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from harness import datasets, measure, models, profile, provenance, registry, store
+from harness import datasets, measure, models, profile, provenance, registry, store, techniques
 from harness.costs import Costs
 from harness.errors import Broken, OrreryError, OutOfMemory, Unsupported
 from harness.experiment import COMPUTED, Request, reads_images
@@ -342,7 +342,8 @@ def _record(request: Request, found: dict[str, Any]) -> Record:
     return Record(
         method=request.method.name,
         method_options=plain(dict(request.options)),
-        **{name: asked[name] for name in Record.model_fields if name in asked},
+        technique_options=plain(techniques.all_options(workload.technique, workload.technique_options)),
+        **{name: asked[name] for name in Record.model_fields if name in asked and name != "technique_options"},
         testbed=testbed.name,
         mode=request.mode,
         num_devices=len(testbed.cluster.devices),

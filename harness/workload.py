@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+from harness import techniques
 from harness.errors import OrreryError, unknown_name
+from harness.techniques import TECHNIQUES, Adapters, Lora, Options, ParallelAdapters
 
-TECHNIQUES = ("full", "lora", "adapters", "parallel-adapters", "inference")
+Chosen = TypeVar("Chosen", Lora, Adapters, ParallelAdapters)
 OPTIMIZERS = ("sgd", "sgd-momentum", "adamw")
 #: Optimizer state, in copies of the trainable weights.
 OPTIMIZER_STATE_COPIES = {"sgd": 0, "sgd-momentum": 1, "adamw": 2}
@@ -27,6 +31,8 @@ class Workload:
     `decoder_seq_len` is 1 with a classifier head on encoder-decoder models, as PAC measures them.
     `steps` replaces `epochs` when given. `dropout` None keeps the model's own probabilities.
     `clip_norm` scales the gradients of an update down to this 2-norm of them all, where it is larger; None: never.
+    `technique_options` may be given by name; they are kept as `techniques.chosen` gives them: None where all are the
+    defaults.
     """
 
     model: str
@@ -34,6 +40,7 @@ class Workload:
     num_samples: int
     batch_size: int
     technique: str = "full"
+    technique_options: Options | Mapping[str, Any] | None = None
     seq_len: int | None = 128
     decoder_seq_len: int = 1
     image_size: int | None = None
@@ -53,6 +60,8 @@ class Workload:
     def __post_init__(self) -> None:
         if self.technique not in TECHNIQUES:
             raise unknown_name("technique", self.technique, TECHNIQUES)
+        options = techniques.chosen(self.technique, self.technique_options)
+        object.__setattr__(self, "technique_options", options)
         if self.optimizer not in OPTIMIZERS:
             raise unknown_name("optimizer", self.optimizer, OPTIMIZERS)
         for field, most in MOST.items():
@@ -83,6 +92,10 @@ class Workload:
     @property
     def training(self) -> bool:
         return self.technique != "inference"
+
+    def chosen(self, kind: type[Chosen]) -> Chosen:
+        """The technique's options, of which `kind` is the class."""
+        return self.technique_options if isinstance(self.technique_options, kind) else kind()
 
     def batches(self) -> list[tuple[int, int]]:
         """The run as (batch size, repeat) in order: full batches, then the smaller last batch of each epoch."""

@@ -10,7 +10,8 @@ from harness.workload import Workload
 
 def workload(record: Record) -> Workload:
     """The workload of the record. Raises OrreryError where its model or data set is not known here."""
-    return workload_of(_asked(record), f"the record {record.provenance.config_hash}")
+    asked = {**_asked(record), "technique_options": record.technique_options}
+    return workload_of(asked, f"the record {record.provenance.config_hash}")
 
 
 def request(record: Record) -> Request | None:
@@ -18,11 +19,15 @@ def request(record: Record) -> Request | None:
 
     A method or testbed may have come from a file, or have changed since: the hash of what is asked tells.
     """
-    options = {name: value for name, value in record.method_options.items() if value is not None}
+    asked_of = {record.method: record.method_options, record.technique: record.technique_options}
+    options = {
+        owner: {name: value for name, value in chosen.items() if value is not None}
+        for owner, chosen in asked_of.items()
+    }
     tables = {
         "workload": _asked(record),
         "run": {"method": record.method, "testbed": record.testbed, "mode": record.mode, "repeats": record.repeats},
-        "options": {record.method: options} if options else {},
+        "options": {owner: chosen for owner, chosen in options.items() if chosen},
     }
     try:
         (asked,) = expand(tables, f"the record {record.provenance.config_hash}")

@@ -12,6 +12,7 @@ from harness.cluster import Device
 from harness.costs import BACKWARD, FORWARD, Costs
 from harness.records import Record
 from harness.registry import load_testbed
+from harness.techniques import chosen
 from harness.workload import Workload
 from results import again
 from results.papers import OOM, Cell, Paper, same
@@ -87,6 +88,7 @@ def _runs(paper: Paper, records: Sequence[Record]) -> Iterator[Comparison]:
                 all(same(*pair) for pair in names)
                 and (not cell.dataset or same(cell.dataset, record.dataset))
                 and paper.technique(cell) == record.technique
+                and _as_in_papers(record)
                 and cell.devices in ("1", str(record.num_devices))
                 and record.steps is None
                 and cell.epochs in ("", str(record.epochs))
@@ -99,6 +101,11 @@ def _runs(paper: Paper, records: Sequence[Record]) -> Iterator[Comparison]:
 def caches(record: Record) -> bool:
     """Whether epochs after the first read what the backbone makes from a cache."""
     return record.epochs > 1 and bool(record.method_options.get("cache"))
+
+
+def _as_in_papers(record: Record) -> bool:
+    """Whether the technique is what the papers measured: with other options it answers none of their cells."""
+    return chosen(record.technique, record.technique_options) is None
 
 
 def _hours(record: Record) -> float | None:
@@ -135,7 +142,7 @@ def _counts(paper: Paper, setting: Setting) -> Iterator[Comparison]:
     if any(getattr(setting.first, field) != value for field, value in paper.analysed.items()):
         return
     (device, *_) = load_testbed(setting.first.testbed).cluster.devices
-    workloads = {record.model: again.workload(record) for record in setting.records}
+    workloads = {record.model: again.workload(record) for record in setting.records if _as_in_papers(record)}
     for cell in paper.cells:
         for model, workload in workloads.items():
             technique = paper.technique(cell)

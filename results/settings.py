@@ -63,12 +63,13 @@ class Setting:
         )
 
     def label(self, record: Record) -> str:
-        """The method, with those of its options that differ within the setting."""
+        """The method, with those of its and the technique's options that differ within the setting."""
         same = [r for r in self.records if r.method == record.method]
         told = [
             f"{name}={value}"
-            for name, value in record.method_options.items()
-            if any(r.method_options.get(name) != value for r in same)
+            for options in ("method_options", "technique_options")
+            for name, value in getattr(record, options).items()
+            if any(getattr(r, options).get(name) != value for r in same)
         ]
         return f"{record.method} ({', '.join(told)})" if told else record.method
 

@@ -11,6 +11,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import unknown_name
+from harness.techniques import PRUNING, ParallelAdapters
 from harness.workload import Workload
 
 if sys.version_info >= (3, 11):
@@ -69,9 +70,10 @@ def module_of(name: str) -> str:
 def build(workload: Workload, device: str = "cpu") -> Layered:
     """The workload's model on `device`, cut into units.
 
-    Weights come from `workload.checkpoint`, or from `workload.seed`: the same on every device. On "meta" nothing is
-    allocated or initialised. `root.train()` and `root.eval()` switch dropout in all units; a training workload's
-    model starts in training mode, any other in eval mode with frozen weights.
+    Weights come from `workload.checkpoint`, or from `workload.seed`: the same on every device. What a technique adds
+    comes from the seed, or from these weights by pruning. On "meta" nothing is allocated or initialised. `root.train()`
+    and `root.eval()` switch dropout in all units; a training workload's model starts in training mode, any other in
+    eval mode with frozen weights.
     """
     model = entry(workload.model)
     if workload.dtype not in DTYPES:
@@ -80,12 +82,15 @@ def build(workload: Workload, device: str = "cpu") -> Layered:
         raise unknown_name("attention implementation", workload.attn_implementation, ATTENTION_IMPLEMENTATIONS)
     import torch
 
+    from harness.models.pruning import prune
     from harness.models.techniques import choose_trained
 
     family = importlib.import_module(module_of(workload.model))
     with torch.random.fork_rng(devices=[]), torch.device("meta" if device == "meta" else "cpu"):
         torch.manual_seed(workload.seed)
         layered: Layered = family.build(model, workload)
+    if device != "meta" and workload.chosen(ParallelAdapters).init == PRUNING:
+        prune(layered, workload.chosen(ParallelAdapters).reduction)
     layered.root.to(device=device, dtype=getattr(torch, workload.dtype))
     layered.root.train(workload.training)
     choose_trained(layered, workload.technique)

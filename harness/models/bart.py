@@ -21,9 +21,11 @@ from harness.models import ModelEntry, masks, pretrained
 from harness.models.chain import Chain
 from harness.models.classifier import EncoderDecoderClassifier
 from harness.models.layered import Layered
-from harness.models.side import Side, SideStack, layers
+from harness.models.side import Side, SideStack, layers, narrow, places
+from harness.techniques import ParallelAdapters
 from harness.workload import Workload
 
+MODEL = BartModel
 DROPOUTS = ("dropout", "attention_dropout", "activation_dropout")
 NEEDS = {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
 QUERIES_AND_VALUES = ("q_proj", "v_proj")
@@ -31,11 +33,18 @@ WIDTHS = ("d_model", "encoder_ffn_dim", "decoder_ffn_dim")
 
 Layer: TypeAlias = BartEncoderLayer | BartDecoderLayer
 
+HEADS = ("encoder_attention_heads", "decoder_attention_heads")
+
 
 def build(entry: ModelEntry, workload: Workload) -> Layered:
-    model = pretrained.load(BartModel, entry, workload, DROPOUTS, NEEDS, QUERIES_AND_VALUES)
-    root = EncoderDecoderClassifier(model)
-    side = _side(entry, workload, model.config.d_model) if workload.technique == "parallel-adapters" else None
+    model = pretrained.load(MODEL, entry, workload, DROPOUTS, NEEDS, QUERIES_AND_VALUES)
+    return cut(EncoderDecoderClassifier(model), workload)
+
+
+def cut(root: EncoderDecoderClassifier, workload: Workload) -> Layered:
+    """The model, with what the technique adds to it, as a chain of units."""
+    model: BartModel = root.backbone
+    side = _side(model, workload) if workload.technique == "parallel-adapters" else None
     chain = Chain(workload, side)
 
     chain.layer("encoder.embedding")
@@ -59,11 +68,14 @@ def build(entry: ModelEntry, workload: Workload) -> Layered:
     return chain.close(root, inputs, [hidden], root.classify, [root.classifier])
 
 
-def _side(entry: ModelEntry, workload: Workload, width: int) -> Side:
-    config = pretrained.side_config(BartModel, entry, workload, DROPOUTS, WIDTHS)
-    encoder = [BartEncoderLayer(config, index) for index in range(config.encoder_layers)]
-    decoder = [BartDecoderLayer(config, index) for index in range(config.decoder_layers)]
-    return Side(width, SideStack(width, encoder), SideStack(width, decoder))
+def _side(model: BartModel, workload: Workload) -> Side:
+    options, width = workload.chosen(ParallelAdapters), model.config.d_model
+    config = narrow(model.config, WIDTHS, HEADS, options.reduction)
+    kept = places(options, config.encoder_layers, config.decoder_layers)
+    encoder = [BartEncoderLayer(config, index) for index in kept[0]]
+    decoder = [BartDecoderLayer(config, index) for index in kept[1]]
+    stacks = [SideStack(width, options, *stack) for stack in zip(kept, (encoder, decoder), strict=True)]
+    return Side(width, options, *stacks)
 
 
 def _encoder_layer(chain: Chain, layer: BartEncoderLayer, hidden: str) -> str:

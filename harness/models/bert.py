@@ -11,18 +11,26 @@ from transformers.models.bert.modeling_bert import BertLayer
 from harness.models import ModelEntry, masks, pretrained
 from harness.models.chain import Chain
 from harness.models.layered import Layered
-from harness.models.side import Side, SideStack, layers
+from harness.models.side import Side, SideStack, layers, narrow, places
+from harness.techniques import ParallelAdapters
 from harness.workload import Workload
 
+MODEL = BertForSequenceClassification
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 NEEDS = {"is_decoder": False, "chunk_size_feed_forward": 0}
 QUERIES_AND_VALUES = ("query", "value")
 WIDTHS = ("hidden_size", "intermediate_size")
 
+HEADS = ("num_attention_heads",)
+
 
 def build(entry: ModelEntry, workload: Workload) -> Layered:
-    root = pretrained.load(BertForSequenceClassification, entry, workload, DROPOUTS, NEEDS, QUERIES_AND_VALUES)
-    side = _side(entry, workload, root.config.hidden_size) if workload.technique == "parallel-adapters" else None
+    return cut(pretrained.load(MODEL, entry, workload, DROPOUTS, NEEDS, QUERIES_AND_VALUES), workload)
+
+
+def cut(root: BertForSequenceClassification, workload: Workload) -> Layered:
+    """The model, with what the technique adds to it, as a chain of units."""
+    side = _side(root, workload) if workload.technique == "parallel-adapters" else None
     chain = Chain(workload, side)
     chain.layer("embedding")
     chain.local("mask", "mask", ["attention_mask"], partial(masks.padding, dtype=chain.dtype))
@@ -40,9 +48,11 @@ def build(entry: ModelEntry, workload: Workload) -> Layered:
     )
 
 
-def _side(entry: ModelEntry, workload: Workload, width: int) -> Side:
-    config = pretrained.side_config(BertForSequenceClassification, entry, workload, DROPOUTS, WIDTHS)
-    return Side(width, SideStack(width, [BertLayer(config, index) for index in range(config.num_hidden_layers)]))
+def _side(root: BertForSequenceClassification, workload: Workload) -> Side:
+    options, width = workload.chosen(ParallelAdapters), root.config.hidden_size
+    config = narrow(root.config, WIDTHS, HEADS, options.reduction)
+    (kept,) = places(options, config.num_hidden_layers)
+    return Side(width, options, SideStack(width, options, kept, [BertLayer(config, index) for index in kept]))
 
 
 def _layer(chain: Chain, layer: BertLayer, hidden: str) -> str:

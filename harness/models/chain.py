@@ -13,6 +13,7 @@ from harness.errors import Unsupported
 from harness.models import attention
 from harness.models.layered import Layered, Unit
 from harness.models.techniques import Adapter
+from harness.techniques import Adapters
 from harness.workload import Workload
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -54,20 +55,22 @@ class Chain:
         writes: Sequence[str],
         function: Function,
         modules: Sequence[nn.Module] | None = None,
+        head_dim: int | None = None,
     ) -> tuple[str, ...]:
         """Append a unit; returns the names of what it writes. A module as `function` is the one it holds."""
         if modules is None:
             assert isinstance(function, nn.Module)
             modules = [function]
         full = tuple(f"{self.name}.{tensor}" for tensor in writes)
-        self.units.append(Unit(f"{self.name}.{name}", self.number, kind, reads, full, function, modules))
+        unit = Unit(f"{self.name}.{name}", self.number, kind, reads, full, function, modules, head_dim=head_dim)
+        self.units.append(unit)
         return full
 
     def adapter(self, x: str, after: str, width: int) -> str:
         """With the technique "adapters" append an adapter after a sublayer. Returns the name of what comes out."""
         if self.workload.technique != "adapters":
             return x
-        module = Adapter(width)
+        module = Adapter(width, self.workload.chosen(Adapters).reduction)
         self.adapters[f"{self.name}.{after}".replace(".", "-")] = module
         (x,) = self.unit(f"{after}-adapter", "adapter", [x], [f"{after}-adapted"], module)
         return x
@@ -96,7 +99,7 @@ class Chain:
 
         present = {name: tensor for name, tensor in (("mask", mask), ("bias", bias)) if tensor is not None}
         reads = [q, k, v, *present.values()]
-        (context,) = self.unit(f"{prefix}attention", "attention", reads, [f"{prefix}context"], function, [])
+        (context,) = self.unit(f"{prefix}attention", "attention", reads, [f"{prefix}context"], function, [], head_dim)
         return context
 
     def local(

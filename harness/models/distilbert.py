@@ -12,18 +12,26 @@ from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 from harness.models import ModelEntry, masks, pretrained
 from harness.models.chain import Chain
 from harness.models.layered import Layered
-from harness.models.side import Side, SideStack, layers
+from harness.models.side import Side, SideStack, layers, narrow, places
+from harness.techniques import ParallelAdapters
 from harness.workload import Workload
 
+MODEL = DistilBertForSequenceClassification
 DROPOUTS = ("dropout", "attention_dropout", "seq_classif_dropout")
 NEEDS = {"chunk_size_feed_forward": 0}
 QUERIES_AND_VALUES = ("q_lin", "v_lin")
 WIDTHS = ("dim", "hidden_dim")
 
+HEADS = ("n_heads",)
+
 
 def build(entry: ModelEntry, workload: Workload) -> Layered:
-    root = pretrained.load(DistilBertForSequenceClassification, entry, workload, DROPOUTS, NEEDS, QUERIES_AND_VALUES)
-    side = _side(entry, workload, root.config.dim) if workload.technique == "parallel-adapters" else None
+    return cut(pretrained.load(MODEL, entry, workload, DROPOUTS, NEEDS, QUERIES_AND_VALUES), workload)
+
+
+def cut(root: DistilBertForSequenceClassification, workload: Workload) -> Layered:
+    """The model, with what the technique adds to it, as a chain of units."""
+    side = _side(root, workload) if workload.technique == "parallel-adapters" else None
     chain = Chain(workload, side)
     chain.layer("embedding")
     chain.local("mask", "mask", ["attention_mask"], partial(masks.padding, dtype=chain.dtype))
@@ -40,9 +48,11 @@ def build(entry: ModelEntry, workload: Workload) -> Layered:
     return chain.close(root, ["input_ids", "attention_mask"], [hidden], head, modules)
 
 
-def _side(entry: ModelEntry, workload: Workload, width: int) -> Side:
-    config = pretrained.side_config(DistilBertForSequenceClassification, entry, workload, DROPOUTS, WIDTHS)
-    return Side(width, SideStack(width, [TransformerBlock(config) for _ in range(config.n_layers)]))
+def _side(root: DistilBertForSequenceClassification, workload: Workload) -> Side:
+    options, width = workload.chosen(ParallelAdapters), root.config.dim
+    config = narrow(root.config, WIDTHS, HEADS, options.reduction)
+    (kept,) = places(options, config.n_layers)
+    return Side(width, options, SideStack(width, options, kept, [TransformerBlock(config) for _ in kept]))
 
 
 def _layer(chain: Chain, layer: TransformerBlock, hidden: str) -> str:

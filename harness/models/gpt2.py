@@ -13,20 +13,28 @@ from harness.models import ModelEntry, masks, pretrained
 from harness.models.chain import Chain
 from harness.models.classifier import at_last_token
 from harness.models.layered import Layered
-from harness.models.side import Side, SideStack, layers
+from harness.models.side import Side, SideStack, layers, narrow, places
+from harness.techniques import ParallelAdapters
 from harness.workload import Workload
 
+MODEL = GPT2ForSequenceClassification
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 NEEDS = {"add_cross_attention": False, "reorder_and_upcast_attn": False}
 #: One product makes queries, keys and values, so that lora updates the keys, too.
 QUERIES_AND_VALUES = ("c_attn",)
 WIDTHS = ("n_embd", "n_inner")
 
+HEADS = ("n_head",)
+
 
 def build(entry: ModelEntry, workload: Workload) -> Layered:
-    root = pretrained.load(GPT2ForSequenceClassification, entry, workload, DROPOUTS, NEEDS, QUERIES_AND_VALUES)
+    return cut(pretrained.load(MODEL, entry, workload, DROPOUTS, NEEDS, QUERIES_AND_VALUES), workload)
+
+
+def cut(root: GPT2ForSequenceClassification, workload: Workload) -> Layered:
+    """The model, with what the technique adds to it, as a chain of units."""
     model, pad_token_id = root.transformer, root.config.pad_token_id
-    side = _side(entry, workload, root.config.n_embd) if workload.technique == "parallel-adapters" else None
+    side = _side(root, workload) if workload.technique == "parallel-adapters" else None
     chain = Chain(workload, side)
     chain.layer("embedding")
     chain.local("mask", "mask", ["attention_mask"], partial(masks.padding_and_causal, dtype=chain.dtype))
@@ -38,7 +46,7 @@ def build(entry: ModelEntry, workload: Workload) -> Layered:
     (hidden,) = chain.unit("tokens", "embedding", ["input_ids"], ["hidden"], embed, [model.wte, model.wpe, model.drop])
     hidden, state = layers(chain, "layer", model.h, hidden, partial(_layer, chain), side)
     chain.layer("head")
-    (normed,) = chain.unit("norm", "connective", [hidden], ["normed"], model.ln_f)
+    (normed,) = chain.unit("final-norm", "connective", [hidden], ["normed"], model.ln_f)
     if side is not None:
         normed = side.leave(chain, state, normed)
 
@@ -48,10 +56,12 @@ def build(entry: ModelEntry, workload: Workload) -> Layered:
     return chain.close(root, ["input_ids", "attention_mask"], [normed, "input_ids"], head, [root.score])
 
 
-def _side(entry: ModelEntry, workload: Workload, width: int) -> Side:
-    config = pretrained.side_config(GPT2ForSequenceClassification, entry, workload, DROPOUTS, WIDTHS)
+def _side(root: GPT2ForSequenceClassification, workload: Workload) -> Side:
+    options, width = workload.chosen(ParallelAdapters), root.config.n_embd
+    config = narrow(root.config, WIDTHS, HEADS, options.reduction)
     norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-    return Side(width, SideStack(width, [GPT2Block(config, index) for index in range(config.n_layer)], norm))
+    (kept,) = places(options, config.n_layer)
+    return Side(width, options, SideStack(width, options, kept, [GPT2Block(config, index) for index in kept], norm))
 
 
 def _layer(chain: Chain, layer: GPT2Block, hidden: str) -> str:

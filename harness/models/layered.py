@@ -17,6 +17,7 @@ class Unit(nn.Module):
     Tensor names are unique in a model. `modules` are the Hugging Face modules the function calls, so that
     parameters and buffers are theirs; a tied module stands in every unit that uses it.
     A `local` unit is cheap and is run by every device that reads what it writes (masks, position biases).
+    `head_dim`: of an attention core, the channels of each head.
     """
 
     def __init__(
@@ -29,9 +30,11 @@ class Unit(nn.Module):
         function: Callable[..., Tensor | tuple[Tensor, ...]],
         modules: Sequence[nn.Module] = (),
         local: bool = False,
+        head_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.name, self.layer, self.kind, self.local = name, layer, kind, local
+        self.head_dim = head_dim
         self.reads, self.writes = tuple(reads), tuple(writes)
         self.function = function
         self.held = nn.ModuleList(modules)

@@ -14,19 +14,27 @@ from harness.models import ModelEntry, masks, pretrained
 from harness.models.chain import Chain
 from harness.models.classifier import at_last_token
 from harness.models.layered import Layered
-from harness.models.side import Side, SideStack, layers
+from harness.models.side import Side, SideStack, layers, narrow, places
+from harness.techniques import ParallelAdapters
 from harness.workload import Workload
 
+MODEL = OPTForSequenceClassification
 DROPOUTS = ("dropout", "attention_dropout")
 NEEDS = {"do_layer_norm_before": True, "_remove_final_layer_norm": False, "layerdrop": 0.0}
 QUERIES_AND_VALUES = ("q_proj", "v_proj")
 WIDTHS = ("hidden_size", "ffn_dim")
 
+HEADS = ("num_attention_heads",)
+
 
 def build(entry: ModelEntry, workload: Workload) -> Layered:
-    root = pretrained.load(OPTForSequenceClassification, entry, workload, DROPOUTS, NEEDS, QUERIES_AND_VALUES)
+    return cut(pretrained.load(MODEL, entry, workload, DROPOUTS, NEEDS, QUERIES_AND_VALUES), workload)
+
+
+def cut(root: OPTForSequenceClassification, workload: Workload) -> Layered:
+    """The model, with what the technique adds to it, as a chain of units."""
     model, pad_token_id = root.model.decoder, root.config.pad_token_id
-    side = _side(entry, workload, root.config.hidden_size) if workload.technique == "parallel-adapters" else None
+    side = _side(root, workload) if workload.technique == "parallel-adapters" else None
     chain = Chain(workload, side, softmax_dtype=torch.float32)
     chain.layer("embedding")
     chain.local("mask", "mask", ["attention_mask"], partial(masks.padding_and_causal, dtype=chain.dtype))
@@ -45,7 +53,7 @@ def build(entry: ModelEntry, workload: Workload) -> Layered:
     )
     hidden, state = layers(chain, "layer", model.layers, hidden, partial(_layer, chain), side)
     chain.layer("head")
-    (normed,) = chain.unit("norm", "connective", [hidden], ["normed"], model.final_layer_norm)
+    (normed,) = chain.unit("final-norm", "connective", [hidden], ["normed"], model.final_layer_norm)
     if side is not None:
         normed = side.leave(chain, state, normed)
 
@@ -55,11 +63,13 @@ def build(entry: ModelEntry, workload: Workload) -> Layered:
     return chain.close(root, ["input_ids", "attention_mask"], [normed, "input_ids"], head, [root.score])
 
 
-def _side(entry: ModelEntry, workload: Workload, width: int) -> Side:
-    config = pretrained.side_config(OPTForSequenceClassification, entry, workload, DROPOUTS, WIDTHS)
+def _side(root: OPTForSequenceClassification, workload: Workload) -> Side:
+    options, width = workload.chosen(ParallelAdapters), root.config.hidden_size
+    config = narrow(root.config, WIDTHS, HEADS, options.reduction)
     norm = nn.LayerNorm(config.hidden_size)
-    narrow_layers = [OPTDecoderLayer(config, index) for index in range(config.num_hidden_layers)]
-    return Side(width, SideStack(width, narrow_layers, norm))
+    (kept,) = places(options, config.num_hidden_layers)
+    narrow_layers = [OPTDecoderLayer(config, index) for index in kept]
+    return Side(width, options, SideStack(width, options, kept, narrow_layers, norm))
 
 
 def _layer(chain: Chain, layer: OPTDecoderLayer, hidden: str) -> str:

@@ -10,7 +10,6 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from harness.errors import OrreryError
-from harness.models.side import narrow
 from harness.models.techniques import add_lora
 from harness.workload import Workload
 
@@ -57,9 +56,18 @@ def _load(
             )
     if hasattr(config, "vocab_size"):
         _check_tokens(config, entry, workload)
-    if workload.technique == "parallel-adapters":
-        for key in dropouts:
-            setattr(config, key, 0.0)
+    if workload.technique != "parallel-adapters":
+        return _weights(model_class, config, workload)
+    own = {key: getattr(config, key) for key in dropouts}
+    for key in dropouts:
+        setattr(config, key, 0.0)
+    model = _weights(model_class, config, workload)
+    for key, probability in own.items():  # what is made beside the model has its dropout
+        setattr(model.config, key, probability)
+    return model
+
+
+def _weights(model_class: type[Model], config: PreTrainedConfig, workload: Workload) -> Model:
     if workload.checkpoint is None or torch.get_default_device().type == "meta":
         return model_class(config)
     try:
@@ -76,17 +84,6 @@ def _is_backbone(model: PreTrainedModel, key: str) -> bool:
     """Whether a checkpoint must hold the tensor: a new classifier and BERT's pooler start from the seed."""
     in_base = model.base_model is model or key.startswith(f"{model.base_model_prefix}.")
     return in_base and ".pooler." not in key
-
-
-def side_config(
-    model_class: type[PreTrainedModel],
-    entry: ModelEntry,
-    workload: Workload,
-    dropouts: Sequence[str],
-    widths: Sequence[str],
-) -> PreTrainedConfig:
-    """That of the layers of parallel adapters: the model's, all `widths` narrower."""
-    return narrow(_config(model_class.config_class, entry, workload, dropouts), widths)
 
 
 def _config(

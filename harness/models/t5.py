@@ -25,19 +25,28 @@ from harness.models import ModelEntry, masks, pretrained
 from harness.models.chain import Chain
 from harness.models.classifier import EncoderDecoderClassifier
 from harness.models.layered import Layered
-from harness.models.side import Side, SideStack, layers
+from harness.models.side import Side, SideStack, layers, narrow, places
+from harness.techniques import ParallelAdapters
 from harness.workload import Workload
 
+MODEL = T5Model
 DROPOUTS = ("dropout_rate",)
 NEEDS = {"is_gated_act": False}
 QUERIES_AND_VALUES = ("q", "v")
 WIDTHS = ("d_model", "d_kv", "d_ff")
 
+HEADS: tuple[str, ...] = ()  # they have a width of their own
+
 
 def build(entry: ModelEntry, workload: Workload) -> Layered:
-    model = pretrained.load(T5Model, entry, workload, DROPOUTS, NEEDS, QUERIES_AND_VALUES)
-    root = EncoderDecoderClassifier(model)
-    side = _side(entry, workload, model.config.d_model) if workload.technique == "parallel-adapters" else None
+    model = pretrained.load(MODEL, entry, workload, DROPOUTS, NEEDS, QUERIES_AND_VALUES)
+    return cut(EncoderDecoderClassifier(model), workload)
+
+
+def cut(root: EncoderDecoderClassifier, workload: Workload) -> Layered:
+    """The model, with what the technique adds to it, as a chain of units."""
+    model: T5Model = root.backbone
+    side = _side(model, workload) if workload.technique == "parallel-adapters" else None
     chain = Chain(workload, side)
 
     chain.layer("encoder.embedding")
@@ -67,16 +76,17 @@ def build(entry: ModelEntry, workload: Workload) -> Layered:
     return chain.close(root, inputs, [final], root.classify, [root.classifier])
 
 
-def _side(entry: ModelEntry, workload: Workload, width: int) -> Side:
-    config = pretrained.side_config(T5Model, entry, workload, DROPOUTS, WIDTHS)
+def _side(model: T5Model, workload: Workload) -> Side:
+    options, width = workload.chosen(ParallelAdapters), model.config.d_model
+    config = narrow(model.config, WIDTHS, HEADS, options.reduction)
     stacks = []
-    for is_decoder, num_layers in ((False, config.num_layers), (True, config.num_decoder_layers)):
+    for number, kept in enumerate(places(options, config.num_layers, config.num_decoder_layers)):
         config = copy.deepcopy(config)
-        config.is_decoder = is_decoder
-        blocks = [T5Block(config, index == 0, layer_idx=index) for index in range(num_layers)]
-        norm = T5LayerNorm(config.d_model, config.layer_norm_epsilon)
-        stacks.append(SideStack(width, blocks, nn.Sequential(norm, nn.Dropout(config.dropout_rate))))
-    return Side(width, *stacks)
+        config.is_decoder = number == 1
+        blocks = [T5Block(config, index == kept[0], layer_idx=index) for index in kept]
+        norm = nn.Sequential(T5LayerNorm(config.d_model, config.layer_norm_epsilon), nn.Dropout(config.dropout_rate))
+        stacks.append(SideStack(width, options, kept, blocks, norm))
+    return Side(width, options, *stacks)
 
 
 def _bias(chain: Chain, stack: str, ids: str, blocks: nn.ModuleList) -> None:

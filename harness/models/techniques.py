@@ -8,8 +8,9 @@
 | parallel-adapters | a narrow network beside the backbone (see `harness.models.side`) | this, head |
 | inference | - | nothing |
 
-Sizes and places are inferred from PAC's trainable parameters (Table 1) and its released code; the paper does not give
-them. The identity beside an adapter is Houlsby's: the authors' timing code has none.
+Places, and the sizes that are the defaults (see `harness.techniques`), are inferred from PAC's trainable parameters
+(Table 1) and its released code; the paper does not give them. The identity beside an adapter is Houlsby's: the authors'
+timing code has none.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from transformers.pytorch_utils import Conv1D
 
 from harness.errors import OrreryError, Unsupported
 from harness.models.layered import Layered
+from harness.techniques import Lora
 from harness.workload import Workload
 
-LORA_RANK, LORA_ALPHA, LORA_DROPOUT = 32, 32, 0.1
-#: Of a layer's width to that of its adapters.
-ADAPTER_REDUCTION = 16
+#: Where neither the technique's options nor the workload say another.
+LORA_DROPOUT = 0.1
 #: The modules that techniques add to a model: peft's names, and ours.
 ADDED = ("lora_A", "lora_B", "adapters", "side")
 #: Chosen here. Small, so that a layer with a new adapter computes nearly what it did.
@@ -36,13 +37,11 @@ ADAPTER_STD = 1e-2
 class Adapter(nn.Module):
     """A bottleneck beside the identity: x + up(gelu(down(x))), x of [rows, tokens, width]."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, reduction: int) -> None:
         super().__init__()
-        inner = width // ADAPTER_REDUCTION
-        if inner * ADAPTER_REDUCTION != width:
-            raise Unsupported(
-                f"adapters have a {ADAPTER_REDUCTION}th of a layer's width, and {width} is no multiple of that"
-            )
+        inner = width // reduction
+        if inner * reduction != width:
+            raise Unsupported(f"adapters have a {reduction}th of a layer's width, and {width} is no multiple of that")
         self.down, self.up = nn.Linear(width, inner), nn.Linear(inner, width)
         self.activation = NewGELUActivation()
         for linear in (self.down, self.up):
@@ -64,10 +63,12 @@ def add_lora(model: nn.Module, queries_and_values: Sequence[str], workload: Work
         raise OrreryError(
             "The technique lora needs the package peft, which is not installed. Install it: pip install peft"
         ) from error
+    options = workload.chosen(Lora)
+    dropouts = (options.dropout, workload.dropout, LORA_DROPOUT)
     config = LoraConfig(
-        r=LORA_RANK,
-        lora_alpha=LORA_ALPHA,
-        lora_dropout=LORA_DROPOUT if workload.dropout is None else workload.dropout,
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=next(dropout for dropout in dropouts if dropout is not None),
         target_modules=list(queries_and_values),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's linear layers
     )

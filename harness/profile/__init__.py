@@ -19,6 +19,7 @@ from harness.workload import Workload
 FIELDS = (
     "model",
     "technique",
+    "technique_options",
     "seq_len",
     "decoder_seq_len",
     "image_size",
@@ -50,8 +51,9 @@ def count(workload: Workload, accelerator: str = "cpu") -> Costs:
 
 def content_key(workload: Workload, accelerator: str = "cpu") -> str:
     """A digest of all that the costs depend on: workload, model, checkpoint, our code, torch and transformers."""
+    asked = asdict(workload)
     content = {
-        "workload": {field: getattr(workload, field) for field in FIELDS},
+        "workload": {field: asked[field] for field in FIELDS},
         "accelerator": accelerator,
         "model": asdict(entry(workload.model)),
         "checkpoint": _checkpoint_config(workload.checkpoint),
@@ -71,7 +73,12 @@ def _checkpoint_config(checkpoint: str | None) -> str | None:
 def _code_digest() -> str:
     """Of the code that builds and counts models, so that a change to it is a change of the content."""
     package = files("harness")
-    sources = [package / "costs.py", *(package / "models").iterdir(), *(package / "profile").iterdir()]
+    sources = [
+        package / "costs.py",
+        package / "techniques.py",
+        *(package / "models").iterdir(),
+        *(package / "profile").iterdir(),
+    ]
     digest = hashlib.sha256()
     for source in sorted(sources, key=str):
         if source.name.endswith(".py"):

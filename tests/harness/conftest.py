@@ -12,6 +12,7 @@ ASKED = {
     "method": "eddl",
     "method_options": {"shares": "equal", "micro_batch_size": None},
     "technique": "full",
+    "technique_options": {},
     "model": "bert-tiny",
     "dataset": "mrpc",
     "num_samples": 3668,
@@ -33,7 +34,7 @@ ASKED = {
     "num_devices": 4,
     "status": "ok",
     "provenance": {
-        "schema_version": 2,
+        "schema_version": 3,
         "package_version": None,
         "git_commit": None,
         "git_dirty": None,

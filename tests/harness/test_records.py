@@ -14,7 +14,17 @@ MakeRecord = Callable[..., Record]
 ROOT = Path(__file__).resolve().parents[2]
 #: Every field that readers of records may rely on.
 CONTRACT = {
-    *("method", "method_options", "technique", "model", "dataset", "num_samples", "seq_len", "decoder_seq_len"),
+    *(
+        "method",
+        "method_options",
+        "technique",
+        "technique_options",
+        "model",
+        "dataset",
+        "num_samples",
+        "seq_len",
+        "decoder_seq_len",
+    ),
     *("batch_size", "micro_batch_size", "epochs", "optimizer", "dtype", "attn_implementation"),
     *("testbed", "mode", "num_devices", "dilation", "status", "reason"),
     *("total_time_s", "time_per_sample_s", "device_time_per_sample_s", "throughput_samples_per_s", "latency_s"),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from harness import models
 from harness.errors import Unsupported
-from harness.models import side, techniques
+from harness.models import techniques
 from harness.models.classifier import at_last_token
 from harness.models.layered import Layered
 from tests.harness.models import text_oracle as oracle
@@ -20,8 +20,8 @@ PARALLEL_ADAPTERS = {"t5-base": 5.09, "bart-large": 9.05, "t5-large": 17.70}
 ADDING = ("lora", "adapters", "parallel-adapters")
 
 
-def on_meta(model: str, technique: str) -> Layered:
-    return models.build(oracle.workload(model, technique=technique), "meta")
+def on_meta(model: str, technique: str, **options: object) -> Layered:
+    return models.build(oracle.workload(model, technique=technique, technique_options=options), "meta")
 
 
 def trained_numel(layered: Layered) -> int:
@@ -48,6 +48,50 @@ def test_parallel_adapters_have_the_papers_parameters(model):
     counted = sum(p.numel() for p in (*ways, *inner)) - sum(p.numel() for p in tables)
     assert counted == pytest.approx(PARALLEL_ADAPTERS[model] * 1e6, abs=5e3)
     assert counted < trained_numel(layered) < 1.01 * counted
+
+
+def test_options_have_the_parameters_that_they_should():
+    """Closed forms for T5-Base (width 768, 36 attentions, 24 layers) and BERT-Base (768, 3072, 12 layers)."""
+    assert trained_numel(on_meta("t5-base", "lora", rank=4)) == 36 * 2 * 4 * (768 + 768)
+    inner = 768 // 8
+    assert trained_numel(on_meta("t5-base", "adapters", reduction=8)) == 24 * 2 * (2 * 768 * inner + inner + 768)
+    h, f, kept = 768 // 4, 3072 // 4, 9
+    layer = 4 * (h * h + h) + 2 * h * f + f + h + 2 * 2 * h
+    ways = (kept + 1) * (768 * h + h) + 768 * h + 768
+    options = {"reduction": 4, "gate": True, "dropped": "0,4,8", "init": "pruning"}
+    assert trained_numel(on_meta("bert-base", "parallel-adapters", **options)) == kept * layer + ways + kept
+
+
+def test_a_new_gate_takes_half_of_each():
+    load = oracle.workload("bert-tiny", technique="parallel-adapters", technique_options={"gate": True})
+    layered = models.build(load)
+    unit = next(unit for unit in layered.units if unit.kind == "side-down" and len(unit.reads) == 2)
+    hidden, state = torch.randn(2, 3, 64), torch.randn(2, 3, 8)
+    (joined,) = unit(hidden, state)
+    torch.testing.assert_close(joined, 0.5 * state + 0.5 * unit.held[0](hidden), rtol=0, atol=1e-6)
+    joined.sum().backward()
+    slope = 0.25 / 0.1 * (state - unit.held[0](hidden)).sum()
+    torch.testing.assert_close(unit.held[1].alpha.grad, slope.view(1), rtol=1e-5, atol=1e-5)
+
+
+def test_lora_takes_its_dropout_from_its_option_then_from_the_workload():
+    for options, dropout, expected in (({}, None, 0.1), ({}, 0.2, 0.2), ({"dropout": 0.3}, 0.2, 0.3)):
+        load = oracle.workload("bert-tiny", technique="lora", technique_options=options, dropout=dropout)
+        named = models.build(load, "meta").root.named_modules()
+        found = [module for name, module in named if name.endswith("lora_dropout.default")]
+        assert found and all(getattr(m, "p", 0.0) == expected for m in found)
+
+
+def test_lora_is_scaled_by_alpha_over_rank():
+    """One layer's queries, written out: W x + b + alpha / rank B A x."""
+    load = oracle.workload("bert-tiny", technique="lora", technique_options={"rank": 4, "alpha": 6}, dropout=0.0)
+    layered = oracle.build(load)
+    query = layered.root.get_submodule("bert.encoder.layer.0.attention.self.query")
+    a, b = (query.get_parameter(f"lora_{name}.default.weight") for name in "AB")
+    assert (a.shape, b.shape) == ((4, 64), (64, 4))
+    x = torch.randn(2, 3, 64)
+    wanted = x @ query.base_layer.weight.T + query.base_layer.bias + 6 / 4 * (x @ a.T @ b.T)
+    torch.testing.assert_close(query(x), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("technique", ADDING)
@@ -93,10 +137,11 @@ def test_adapters_that_add_nothing_change_nothing(model):
     assert len(adapted.root.adapters) == 2 * num_layers
 
 
+@pytest.mark.parametrize("options", [{}, {"gate": True, "dropped": "0", "reduction": 4}], ids=["default", "options"])
 @pytest.mark.parametrize("model", oracle.TINY)
-def test_parallel_adapters_are_the_familys_own_layers(model):
+def test_parallel_adapters_are_the_familys_own_layers(model, options):
     """The side network as its definition has it, over the uncut backbone's activations, by transformers' own code."""
-    load = oracle.workload(model, technique="parallel-adapters", dropout=0.0)
+    load = oracle.workload(model, technique="parallel-adapters", technique_options=options, dropout=0.0)
     layered, values = oracle.build(load), oracle.batch(load)
     layered.root.eval()
     with torch.no_grad():
@@ -144,12 +189,17 @@ def side_logits(root: nn.Module, model: str, values: dict[str, Tensor]) -> Tenso
         inputs = {name: tensor for name, tensor in values.items() if name != "labels"}
         final.append(backbone(**inputs, use_cache=False).last_hidden_state)
     memory, states = None, []
-    for number, beside in enumerate(network.stacks):
-        points = activations[f"{number}"]
+    for stack, beside in enumerate(network.stacks):
+        points = activations[f"{stack}"]
         state = beside.downs[0](points[0])
         extra: dict[str, object] = {}
-        for layer, down, point in zip(beside.layers, beside.downs[1:], points[1:], strict=True):
-            state = run_layer(family, layer, state + down(point), values, memory, extra)
+        for number, (place, layer) in enumerate(zip(beside.places, beside.layers, strict=True)):
+            narrowed = beside.downs[number + 1](points[place + 1])
+            joined = state + narrowed
+            if beside.gates is not None:  # LST's, with its temperature of 0.1
+                share = 1 / (1 + torch.exp(-10 * beside.gates[number].alpha))
+                joined = share * state + (1 - share) * narrowed
+            state = run_layer(family, layer, joined, values, memory, extra)
         if beside.norm is not None:
             state = beside.norm(state)
         memory = state
@@ -201,10 +251,14 @@ def test_what_can_not_be_adapted_is_said():
             models.build(oracle.workload("resnet-tiny", technique=technique), "meta")
 
 
-def test_widths_that_do_not_divide_are_said(monkeypatch):
-    monkeypatch.setattr(side, "REDUCTION", 7)
+def test_widths_that_do_not_divide_are_said():
     with pytest.raises(Unsupported, match="7 times narrower, and hidden_size is 64"):
-        on_meta("bert-tiny", "parallel-adapters")
-    monkeypatch.setattr(techniques, "ADAPTER_REDUCTION", 7)
+        on_meta("bert-tiny", "parallel-adapters", reduction=7)
+    with pytest.raises(Unsupported, match="and num_attention_heads is 4: a hidden_size of 2 is no multiple"):
+        on_meta("bert-tiny", "parallel-adapters", reduction=32)
     with pytest.raises(Unsupported, match="and 64 is no multiple"):
-        on_meta("bert-tiny", "adapters")
+        on_meta("bert-tiny", "adapters", reduction=7)
+    with pytest.raises(Unsupported, match="names layer 4, and the model's last one is 3"):
+        on_meta("bert-tiny", "parallel-adapters", dropped="1,4")
+    with pytest.raises(Unsupported, match="names all layers of a stack"):
+        on_meta("t5-tiny", "parallel-adapters", dropped="0,1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,12 @@ from harness.plan.graph import InvalidPlan
 from harness.plan.serial import to_json
 from harness.plan.storage import check_storage
 from harness.plan.validate import validate
+from harness.schedules import Stage
 from harness.simulator import simulate
 from harness.threads import one_thread
 from harness.workload import Workload
 from systems import pac
-from tests.harness.engine.devices import run_devices
+from tests.harness.engine.devices import by_hand, run_devices
 from tests.harness.toys import cluster
 
 TEXT = Workload(
@@ -198,3 +200,46 @@ def test_damaged_entries_are_made_again_from_the_weights(tmp_path: Path) -> None
         assert cache.recomputed == len(ids) * len(costs.cacheable)
     finally:
         cache.clear()
+
+
+@pytest.mark.parametrize(
+    ("model", "grouping", "options"),
+    [
+        ("t5-tiny", "1-1-2", {"gate": True, "dropped": "0", "init": "pruning"}),
+        ("bert-tiny", "2-1-1", {"gate": True, "dropped": "1,2", "init": "pruning", "reduction": 4}),
+    ],
+)
+def test_gated_dropped_and_pruned_side_networks_train_as_on_one_device(
+    model: str, grouping: str, options: dict[str, object], tmp_path: Path
+) -> None:
+    """Cached epochs among them; and nothing is cached for a layer that has none beside it."""
+    text = replace(TEXT, model=model, technique_options=options)
+    plan, costs = planned(text, grouping)
+    every = profile.count(replace(TEXT, model=model)).cacheable
+    kept = [name for name in every if not name.endswith(("encoder.0.hidden", "layer.1.hidden", "layer.2.hidden"))]
+    assert list(costs.cacheable) == [name for name in kept if name != "decoder.0.hidden"] and len(kept) < len(every)
+    actions = [action for phase in plan.phases for listed in phase.actions.values() for action in listed]
+    stored = {action.value.name for action in actions if isinstance(action, Store)}
+    assert stored == set(costs.cacheable)
+    wanted = reference.train(plan, text, datasets.load(text))
+    found = run_devices(plan, text, tmp_path)
+    assert found.execution.losses == pytest.approx(wanted.losses, rel=1e-5)
+    moved = {name: tensor for name, tensor in wanted.state().items() if name.endswith("alpha")}
+    assert moved and all(tensor.abs() > 1e-4 for tensor in moved.values())
+    for state in found.state.values():
+        assert reference.max_rel_error(state, wanted.state(), adaptive=False) < 1e-5
+
+
+def test_a_stage_beside_which_nothing_is_just_hands_on(tmp_path: Path) -> None:
+    """Its only layer has no side layer: the side network's state, and its gradient, go through it."""
+    text = replace(TEXT, technique_options={"dropped": "1,2"}, epochs=1)
+    costs = profile.count(text)
+    edges = [0, costs.layers[2][0], costs.layers[4][0], len(costs.units)]
+    stages = [Stage((a, b), (f"device{n}",), (1.0,)) for n, (a, b) in enumerate(pairwise(edges))]
+    plan = by_hand(costs, text, stages, 4, [3, 2, 1])
+    validate(plan, costs)
+    wanted = reference.train(plan, text, datasets.load(text))
+    found = run_devices(plan, text, tmp_path)
+    assert found.execution.losses == pytest.approx(wanted.losses, rel=1e-5)
+    for state in found.state.values():
+        assert reference.max_rel_error(state, wanted.state(), adaptive=False) < 1e-5
