@@ -63,13 +63,15 @@ class Setting:
         )
 
     def label(self, record: Record) -> str:
-        """The method, with those of its options that differ within the setting."""
+        """The method, with those of its options, and the seed, that differ within the setting."""
         same = [r for r in self.records if r.method == record.method]
         told = [
             f"{name}={value}"
             for name, value in record.method_options.items()
             if any(r.method_options.get(name) != value for r in same)
         ]
+        if len({r.provenance.seed for r in same}) > 1:
+            told.append(f"seed={record.provenance.seed}")
         return f"{record.method} ({', '.join(told)})" if told else record.method
 
 
