@@ -19,7 +19,7 @@ def measured(dataset: str, outputs: object, labels: object) -> float:
 
 def test_every_data_set_has_a_metric_that_is_known() -> None:
     assert {datasets.spec(name).metric for name in datasets.names()} == {*metrics.METRICS}
-    with pytest.raises(OrreryError, match="no metric called 'accurate'.*Did you mean accuracy"):
+    with pytest.raises(OrreryError, match=r"no metric called 'accurate'.*Did you mean accuracy"):
         metrics.measure("accurate", OUTPUTS, LABELS)
 
 
