@@ -69,10 +69,13 @@ ClipNorm = Annotated[float | None, typer.Option("--clip-norm", help="scale large
 Dtype = Annotated[str | None, typer.Option("--dtype", help="default: float32")]
 Attention = Annotated[str | None, typer.Option("--attn-implementation", help="eager (default) or sdpa")]
 Dropout = Annotated[float | None, typer.Option("--dropout", help="default: the model's own")]
-Checkpoint = Annotated[str | None, typer.Option("--checkpoint", help="folder or hub name; default: seeded weights")]
+Checkpoint = Annotated[
+    str | None, typer.Option("--checkpoint", help="folder, hub name, or package:MODULE/FOLDER; default: seeded")
+]
 Seed = Annotated[int | None, typer.Option("--seed")]
 Testbed = Annotated[str | None, typer.Option("--testbed", help="name of a testbed, or path of a TOML file")]
 Mode = Annotated[str | None, typer.Option("--mode", help="simulated (default), emulated or real")]
+DataDir = Annotated[str | None, typer.Option("--data-dir", help="folder of the data set's files; default: the hub")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME.OPTION=VALUE", help="option of a method or a technique")
 ]
@@ -224,8 +227,9 @@ def run(
     testbed: Testbed = None,
     mode: Mode = None,
     repeats: Annotated[int | None, typer.Option(help="medians of N; simulated runs need no repeating")] = None,
-    data_dir: Annotated[str | None, typer.Option(help="folder of the data set's files; default: the hub")] = None,
+    data_dir: DataDir = None,
     verify: Annotated[bool | None, typer.Option("--verify", help="train again on one device and compare")] = None,
+    evaluate: Annotated[bool | None, typer.Option("--evaluate", help="measure quality on the validation split")] = None,
     options: Set = None,
     force: Annotated[bool, typer.Option("--force", help="repeat runs that are finished")] = False,
     out: Out = DEFAULT_OUT,
@@ -281,16 +285,19 @@ def reproduce(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[all|NAME]...", help="see `orrery list experiments`; default: all")
     ] = None,
+    data_dir: DataDir = None,
     force: Annotated[bool, typer.Option("--force", help="repeat runs that are finished")] = False,
     out: Out = DEFAULT_OUT,
 ) -> None:
     """Run the experiments behind the tables and figures, and report them beside the papers."""
     from harness import registry, show
 
-    records = registry.load_results("reproduce").run(names or [], out, force)
+    folder = None if data_dir is None else Path(data_dir).expanduser()
+    records = registry.load_results("reproduce").run(names or [], out, force, folder)
     print(show.records_table(records))
-    if agreement := registry.load_results("agreement").text(records):
-        print(f"\n{agreement}\n")
+    for part in ("agreement", "quality"):
+        if text := registry.load_results(part).text(records):
+            print(f"\n{text}\n")
     print(f"report: {out / 'index.html'}")
     raise typer.Exit(FAILED if any(record.status == "failed" for record in records) else 0)
 

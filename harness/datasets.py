@@ -24,9 +24,14 @@ if TYPE_CHECKING:
     from harness.samples import Dataset
 
 
+TRAINING = "train"
+
+
 @dataclass(frozen=True)
 class DatasetSpec:
     """One entry of `datasets.toml`: the training split. `num_labels` 1 is a regression.
+
+    `validation` is the split that `metric` is measured on; None where the data set has no other one.
 
     `kind` is "text", "image", or "any" for what is made as the model needs it. `columns` hold the sentences;
     `seq_len` and `image_size` are defaults. `hub` is the repository on the Hugging Face hub.
@@ -43,6 +48,7 @@ class DatasetSpec:
     image_size: int | None = None
     num_channels: int | None = None
     hub: str | None = None
+    validation: str | None = None
 
 
 @cache
@@ -88,14 +94,15 @@ def batches(workload: Workload) -> Iterator[list[int]]:
         yield from formed[whole:]
 
 
-def load(workload: Workload, data_dir: Path | None = None) -> Dataset:
-    """The training samples in the workload's shape. GLUE and CIFAR-10 come from `data_dir`, or without it from the hub.
+def load(workload: Workload, data_dir: Path | None = None, split: str = TRAINING) -> Dataset:
+    """The samples in the workload's shape. GLUE and CIFAR-10 come from `data_dir`, or without it from the hub.
 
-    The rows of a real file may be more or fewer than `workload.num_samples`: `len()` tells. Raises `OrreryError`.
+    Of a training split with more rows than `workload.num_samples` it is so many, at even distances: files may be
+    sorted. There may be fewer, too: `len()` tells. Of another split it is all. Raises `OrreryError`.
     """
     from harness import samples
 
     chosen = spec(workload.dataset)
     if workload.seq_len is None:
-        return samples.images(chosen, workload, data_dir)
-    return samples.texts(chosen, workload, data_dir)
+        return samples.images(chosen, workload, data_dir, split)
+    return samples.texts(chosen, workload, data_dir, split)

@@ -70,6 +70,7 @@ KEYS: dict[str, dict[str, type]] = {
         "repeats": int,
         "data_dir": str,
         "verify": bool,
+        "evaluate": bool,
     },
 }
 DEFAULT_TECHNIQUE = "full"
@@ -87,8 +88,9 @@ WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 class Request:
     """One run that is asked for, with every name looked up. `options` are the method's, defaults included.
 
-    `verify`: what was trained is compared with the same training on one device. Simulated runs are done once, and have
-    no `data_dir` and nothing to verify, whatever was asked: it makes no difference.
+    `verify`: what was trained is compared with the same training on one device. `evaluate`: its metric is measured on
+    the validation split. Simulated runs are done once, and have no `data_dir` and nothing to verify or evaluate,
+    whatever was asked: it makes no difference.
     """
 
     method: Method
@@ -99,6 +101,7 @@ class Request:
     repeats: int = 1
     data_dir: Path | None = None
     verify: bool = False
+    evaluate: bool = False
 
     @property
     def config_hash(self) -> str:
@@ -113,6 +116,7 @@ class Request:
             "repeats": self.repeats,
             "data_dir": None if self.data_dir is None else str(self.data_dir),
             "verify": self.verify,
+            "evaluate": self.evaluate,
         }
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -273,6 +277,8 @@ def _requests(workload: Workload, run: Mapping[str, Any], options: Mapping[str, 
     computed = mode == COMPUTED
     if run.get("verify", False) and not computed and not workload.training:
         raise OrreryError("verify compares what was trained, and the technique inference trains nothing.")
+    if run.get("evaluate", False) and not computed:
+        _check_evaluation(workload)
     for chosen in _product(options.get(method.name, {})):
         yield Request(
             method=method,
@@ -283,6 +289,18 @@ def _requests(workload: Workload, run: Mapping[str, Any], options: Mapping[str, 
             repeats=1 if computed else repeats,
             data_dir=None if computed or "data_dir" not in run else Path(run["data_dir"]).expanduser(),
             verify=not computed and run.get("verify", False),
+            evaluate=not computed and run.get("evaluate", False),
+        )
+
+
+def _check_evaluation(workload: Workload) -> None:
+    if not workload.training:
+        raise OrreryError("evaluate measures what was trained, and the technique inference trains nothing.")
+    if datasets.spec(workload.dataset).validation is None:
+        others = [name for name in datasets.names() if datasets.spec(name).validation is not None]
+        raise OrreryError(
+            f"evaluate measures on samples that were not trained on, and the data set {workload.dataset} has but one "
+            f"split. Choose one of: {', '.join(others)}."
         )
 
 

@@ -174,7 +174,11 @@ class Record(Part):
 
     loss: float | None = Field(default=None, description="mean training loss per sample in the last iteration")
     losses: list[float] | None = Field(default=None, description="mean training loss per sample of every iteration")
-    metric: float | None = None
+    metric: float | None = Field(
+        default=None,
+        description="where it was evaluated: the data set's metric on its validation split, in points, of which 100 "
+        "are perfect; a correlation with constant predictions counts as 0",
+    )
     max_rel_error: float | None = Field(
         default=None, description="where it was verified: distance of what was trained from the same on one device"
     )

@@ -161,12 +161,16 @@ class _Series:
             self._planned = make_plan(request, found)
         costs, plan = self._planned
         execute = testbeds.execute(request)
-        first = not self.runs  # repeats train the same: to verify one is to verify all
-        how = {"data_dir": request.data_dir, "verify": request.verify and first}
+        first = not self.runs  # repeats train the same: to verify or evaluate one is to do it with all
+        how = {
+            "data_dir": request.data_dir,
+            "verify": request.verify and first,
+            "evaluate": request.evaluate and first,
+        }
         self.execution = execution = execute(plan, request.workload, costs, **how)
         found.update(measure.memory(execution.trace), dilation=execution.dilation, emulation=plain(execution.emulation))
         if first:
-            found.update(max_rel_error=execution.max_rel_error)
+            found.update(max_rel_error=execution.max_rel_error, metric=execution.metric)
         _must_fit(execution.trace, request)
         self.runs.append(measure.measure(execution.trace, request.workload, request.testbed.cluster))
 
@@ -175,7 +179,6 @@ class _Series:
         self._found.update(measure.repeated(self.runs))
         if last.losses:
             self._found.update(losses=list(last.losses), loss=last.losses[-1])
-        self._found.update(metric=last.metric)
         self.end("ok")
 
     def end(self, status: str, reason: str | None = None, stack: str | None = None) -> None:

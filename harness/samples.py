@@ -1,4 +1,4 @@
-"""Training samples as tensors, by sample id."""
+"""Samples as tensors, by sample id."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from harness import sources, tokenizer
-from harness.datasets import DatasetSpec
+from harness.datasets import TRAINING, DatasetSpec
 from harness.errors import OrreryError
 from harness.store import write_whole
 from harness.workload import Workload
@@ -114,22 +114,25 @@ def read(path: Path) -> Dataset:
         raise OrreryError(f"The samples can't be read from {path}: {error} Save the data set again.") from error
 
 
-def texts(spec: DatasetSpec, workload: Workload, data_dir: Path | None) -> Texts:
-    """A text data set, tokenised for the workload's model."""
+def texts(spec: DatasetSpec, workload: Workload, data_dir: Path | None, split: str) -> Texts:
+    """A split of a text data set, tokenised for the workload's model: always by the tokenizer that it trains with."""
     if spec.kind == "image":
         raise _mismatch(spec, workload, "text")
     assert workload.seq_len is not None
     vocabulary = tokenizer.vocabulary(workload)
     if spec.kind == "any":
-        ids, labels = _random_tokens(workload, vocabulary)
+        ids, labels = _random_tokens(workload, vocabulary, split)
         encoded = tokenizer.Encoded(ids, np.zeros_like(ids, np.uint8), np.full(len(ids), workload.seq_len, np.int32))
     else:
-        samples, labels = sources.glue(spec, data_dir)
+        samples, labels = sources.glue(spec, data_dir, split)
         if workload.checkpoint is None:
-            chosen = tokenizer.train(samples, vocabulary)
+            learnt_from = samples if split == TRAINING else sources.glue(spec, data_dir, TRAINING).samples
+            chosen = tokenizer.train(learnt_from, vocabulary)
         else:
             chosen = tokenizer.pretrained(workload.checkpoint, vocabulary)
-        encoded = tokenizer.encode(chosen, samples, workload.seq_len, vocabulary.pad)
+        rows = _rows(len(samples), workload, split)
+        labels = labels[rows]
+        encoded = tokenizer.encode(chosen, [samples[row] for row in rows], workload.seq_len, vocabulary.pad)
     regression = spec.num_labels == 1
     start = vocabulary.decoder_start
     return Texts(
@@ -141,35 +144,50 @@ def texts(spec: DatasetSpec, workload: Workload, data_dir: Path | None) -> Texts
     )
 
 
-def images(spec: DatasetSpec, workload: Workload, data_dir: Path | None) -> Images:
-    """An image data set, in the workload's size; a gray image fills as many channels as the model reads."""
+def images(spec: DatasetSpec, workload: Workload, data_dir: Path | None, split: str) -> Images:
+    """A split of an image data set, in the workload's size; a gray image fills as many channels as the model reads."""
     if spec.kind == "text":
         raise _mismatch(spec, workload, "images")
     if spec.name == "digits":
         pixels, white, labels = sources.digits()
     elif spec.kind == "any":
-        pixels, white, labels = _random_pixels(spec, workload)
+        pixels, white, labels = _random_pixels(spec, workload, split)
     else:
-        pixels, white, labels = sources.cifar10(spec, data_dir)
+        pixels, white, labels = sources.cifar10(spec, data_dir, split)
+    rows = _rows(len(labels), workload, split)
     if pixels.shape[1] not in (1, workload.num_channels):
         raise OrreryError(
             f"The data set {spec.name} has {pixels.shape[1]} channels and {workload.model} reads "
             f"{workload.num_channels}. Set num_channels to {pixels.shape[1]}."
         )
     return Images(
-        torch.from_numpy(pixels),
+        torch.from_numpy(pixels[rows]),
         white,
-        torch.from_numpy(labels),
+        torch.from_numpy(labels[rows]),
         workload.image_size or pixels.shape[-1],
         workload.num_channels,
         getattr(torch, workload.dtype),
     )
 
 
-def _random_tokens(workload: Workload, vocabulary: tokenizer.Vocabulary) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+def _rows(found: int, workload: Workload, split: str) -> NDArray[np.intp]:
+    """Rows of a split: all, or of more training samples than are wanted as many as are, at even distances."""
+    if split != TRAINING or found <= workload.num_samples:
+        return np.arange(found)
+    return np.arange(workload.num_samples) * found // workload.num_samples
+
+
+def _random(workload: Workload, split: str) -> np.random.Generator:
+    """What a split's samples are drawn with."""
+    return np.random.default_rng(workload.seed if split == TRAINING else (workload.seed, 1))
+
+
+def _random_tokens(
+    workload: Workload, vocabulary: tokenizer.Vocabulary, split: str
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """Each label owns a slice of the vocabulary, and a sample's tokens come from its label's slice."""
     assert workload.seq_len is not None
-    random = np.random.default_rng(workload.seed)
+    random = _random(workload, split)
     words = np.array([token for token in range(vocabulary.size) if token not in vocabulary.special], np.int32)
     width = len(words) // workload.num_labels
     labels = random.integers(workload.num_labels, size=workload.num_samples)
@@ -177,12 +195,13 @@ def _random_tokens(workload: Workload, vocabulary: tokenizer.Vocabulary) -> tupl
     return words[choice], labels
 
 
-def _random_pixels(spec: DatasetSpec, workload: Workload) -> sources.Pictures:
-    """Each label has a pattern, and a sample is its label's pattern and as much noise."""
+def _random_pixels(spec: DatasetSpec, workload: Workload, split: str) -> sources.Pictures:
+    """Each label has a pattern, the same in every split, and a sample is its label's pattern and as much noise."""
     assert spec.image_size is not None
-    random = np.random.default_rng(workload.seed)
     shape = (workload.num_channels, spec.image_size, spec.image_size)
-    patterns = random.integers(128, size=(workload.num_labels, *shape), dtype=np.uint8)
+    training = _random(workload, TRAINING)
+    patterns = training.integers(128, size=(workload.num_labels, *shape), dtype=np.uint8)
+    random = training if split == TRAINING else _random(workload, split)
     labels = random.integers(workload.num_labels, size=workload.num_samples)
     noise = random.integers(128, size=(workload.num_samples, *shape), dtype=np.uint8)
     return sources.Pictures(patterns[labels] + noise, 255, labels)

@@ -34,24 +34,24 @@ class Pictures(NamedTuple):
     labels: NDArray[np.int64]
 
 
-def glue(spec: DatasetSpec, data_dir: Path | None) -> Text:
-    """The training split of a GLUE task: `<task>/train.csv` or `train.csv` of the folder, or the hub."""
+def glue(spec: DatasetSpec, data_dir: Path | None, split: str) -> Text:
+    """A split of a GLUE task: `<task>/<split>.csv` or `<split>.csv` of the folder, or the hub."""
     if data_dir is None:
-        return _text(spec, _from_hub(spec, spec.name), f"the hub's {spec.hub}")
-    path = _find(spec, data_dir, "train.csv")
+        return _text(spec, _from_hub(spec, split, spec.name), f"the hub's {spec.hub}")
+    path = _find(spec, data_dir, f"{split}.csv")
     with tempfile.TemporaryDirectory(prefix="orrery-") as cache:
         # "NA", "null" and the like are words here, not missing values.
-        table = _read(path, "csv", data_files=str(path), cache_dir=cache, keep_default_na=False)
-        return _text(spec, table, str(path))
+        options: dict[str, Any] = dict(data_files={split: str(path)}, cache_dir=cache, keep_default_na=False)
+        return _text(spec, _read(path, split, "csv", **options), str(path))
 
 
-def cifar10(spec: DatasetSpec, data_dir: Path | None) -> Pictures:
-    """The training images: of a folder (a copy of the hub's repository, or one folder per class), or the hub."""
+def cifar10(spec: DatasetSpec, data_dir: Path | None, split: str) -> Pictures:
+    """The images of a split: of a folder (a copy of the hub's repository, or one folder per class), or the hub."""
     if data_dir is None:
-        return _pictures(spec, _from_hub(spec), f"the hub's {spec.hub}")
+        return _pictures(spec, _from_hub(spec, split), f"the hub's {spec.hub}")
     folder = _find(spec, data_dir, ".")
     with tempfile.TemporaryDirectory(prefix="orrery-") as cache:
-        return _pictures(spec, _read(folder, str(folder), cache_dir=cache), str(folder))
+        return _pictures(spec, _read(folder, split, str(folder), cache_dir=cache), str(folder))
 
 
 def digits() -> Pictures:
@@ -76,19 +76,19 @@ def _find(spec: DatasetSpec, data_dir: Path, name: str) -> Path:
     )
 
 
-def _read(path: Path, *arguments: str, **options: Any) -> Table:
+def _read(path: Path, split: str, *arguments: str, **options: Any) -> Table:
     import datasets
     from datasets.exceptions import DatasetsError
 
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(*arguments, split="train", **options)
+        return datasets.load_dataset(*arguments, split=split, **options)
     except (DatasetsError, OSError, ValueError) as error:
         cause = error.__cause__ or error
-        raise OrreryError(f"{path} can't be read as training data: {type(cause).__name__}: {cause}.") from error
+        raise OrreryError(f"{path} can't be read as a {split} split: {type(cause).__name__}: {cause}.") from error
 
 
-def _from_hub(spec: DatasetSpec, *configuration: str) -> Table:
+def _from_hub(spec: DatasetSpec, split: str, *configuration: str) -> Table:
     """From the hub, or what is cached of it. Fails fast without a network, where `datasets` would ask six times."""
     import datasets
     from datasets.exceptions import DatasetsError
@@ -104,7 +104,7 @@ def _from_hub(spec: DatasetSpec, *configuration: str) -> Table:
     offline = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = offline or unreachable is not None
     try:
-        return datasets.load_dataset(spec.hub, *configuration, split="train")
+        return datasets.load_dataset(spec.hub, *configuration, split=split)
     except (DatasetsError, OSError, ValueError) as error:
         reason = str(unreachable or error).strip().splitlines()[0]
         raise OrreryError(

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from harness import models as catalog
 from harness.errors import OrreryError
+from harness.models.checkpoints import locate
 from harness.workload import Workload
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def vocabulary(workload: Workload) -> Vocabulary:
         from transformers import PreTrainedConfig
 
         try:
-            stored, _ = PreTrainedConfig.get_config_dict(workload.checkpoint)
+            stored, _ = PreTrainedConfig.get_config_dict(locate(workload.checkpoint))
         except (OSError, ValueError) as error:
             raise _unreadable(workload.checkpoint, "configuration", error) from error
         config.update((key, value) for key, value in stored.items() if value is not None)
@@ -72,7 +73,7 @@ def pretrained(checkpoint: str, vocabulary: Vocabulary) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(checkpoint).backend_tokenizer
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(locate(checkpoint)).backend_tokenizer
     except (OSError, ValueError) as error:
         raise _unreadable(checkpoint, "tokenizer", error) from error
     if tokenizer.get_vocab_size() > vocabulary.size:

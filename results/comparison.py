@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from statistics import fmean
 
-from harness import profile
+from harness import datasets, profile
 from harness.cluster import Device
 from harness.costs import BACKWARD, FORWARD, Costs
 from harness.records import Record
@@ -96,6 +96,34 @@ def _runs(paper: Paper, records: Sequence[Record]) -> Iterator[Comparison]:
                 and caches(record) == paper.caches(cell)
             ):
                 yield Comparison(cell, RUNS[cell.artefact][cell.metric](record), record.method)
+
+
+def qualities(paper: Paper, runs: Iterable[Sequence[Record]]) -> list[Comparison]:
+    """Of each training with several seeds the mean, beside the paper's cell for the same model, data and epochs.
+
+    On whichever testbed: it does not matter to what is learnt. Trainings on a part of the data set have no cell.
+    """
+    return [
+        Comparison(cell, fmean(r.metric for r in records if r.metric is not None), _seeds(records))
+        for records in runs
+        for cell in paper.cells
+        if cell.is_quality and _same_training(paper, cell, records[0])
+    ]
+
+
+def _same_training(paper: Paper, cell: Cell, record: Record) -> bool:
+    return (
+        same(cell.model, record.model)
+        and same(cell.dataset, record.dataset)
+        and paper.technique(cell) == record.technique
+        and record.num_samples == datasets.spec(record.dataset).num_samples
+        and (record.steps, cell.epochs) == (None, str(record.epochs))
+    )
+
+
+def _seeds(records: Sequence[Record]) -> str:
+    cached = ", cached" if caches(records[0]) else ""
+    return f"{records[0].method}{cached}, mean of {len(records)} seed{'s'[: len(records) != 1]}"
 
 
 def caches(record: Record) -> bool:

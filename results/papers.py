@@ -55,6 +55,11 @@ class Cell:
         name = self.metric.removesuffix(f"_{self.unit.lower()}").replace("_", " ")
         return f"{name}, {self.unit}" if self.unit else name
 
+    @property
+    def is_quality(self) -> bool:
+        """Whether it says how good the trained model is, which hangs on no testbed."""
+        return self.metric == "accuracy"
+
     def fitted(self, cells: Iterable[str]) -> bool:
         """Whether a constant was fitted to it. A fitted cell is named so: "pac fig8a T5-Base Full forward"."""
         name = f"{self.paper} {self.artefact} {self.model} {self.technique} {self.metric}"

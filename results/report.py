@@ -13,7 +13,7 @@ import pandas as pd
 from harness import store
 from harness.compare import title as run_title
 from harness.records import Record
-from results import agreement, document, figures, tables
+from results import agreement, document, figures, quality, tables
 from results.comparison import compare
 from results.document import Block, Bullets, Folded, Heading, Text
 from results.settings import Setting, settings
@@ -51,6 +51,7 @@ def _blocks(records: Sequence[Record], folder: Path) -> Iterator[Block]:
     for setting in found:
         yield from _setting(setting, folder)
     yield from _agreement(found, folder)
+    yield from _quality(records)
     yield from _origin([record for setting in found for record in setting.records])
 
 
@@ -76,7 +77,7 @@ def _setting(setting: Setting, folder: Path) -> Iterator[Block]:
         yield Heading(3, f"Beside {setting.paper.title}")
         yield Text(f"doi {setting.paper.doi}. Error: (ours - paper's) / paper's.")
         for artefact, cells in sorted(comparisons.items()):
-            yield tables.beside(setting.paper, artefact, setting, cells)
+            yield tables.beside(setting.paper, artefact, setting.name, cells)
             for cell in cells:
                 if (cell.cell.metric, cell.cell.technique) == ("activations_gib", "Full"):
                     yield tables.kept(setting, cell)
@@ -100,6 +101,14 @@ def _agreement(found: Sequence[Setting], folder: Path) -> Iterator[Block]:
         yield overlaid
     for table in agreement.measured(pairs):
         yield Folded(table)
+
+
+def _quality(records: Sequence[Record]) -> Iterator[Block]:
+    """Nothing where no run was evaluated."""
+    found = quality.groups(records)
+    if found:
+        yield Heading(2, "Quality of what was trained")
+        yield from quality.tables(found)
 
 
 def _origin(records: Sequence[Record]) -> Iterator[Block]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-from harness import show
+from harness import datasets, show
 from harness.errors import unknown_name
-from harness.experiment import Request, read
+from harness.experiment import COMPUTED, Request, read
 from harness.records import Record
 from harness.registry import load_results
 from harness.runner import sweep
@@ -26,34 +27,30 @@ def experiments() -> list[tuple[str, str]]:
     ]
 
 
-def requests(names: Sequence[str]) -> list[Request]:
+def requests(names: Sequence[str], data_dir: Path | None = None) -> list[Request]:
     """The runs of the experiments by those names, each once; of "all" where none is named.
 
-    An experiment goes by the name of its file, or by the first word of it: "pac" are all that begin so.
+    An experiment goes by the name of its file, or by the first word of it: "pac" are all that begin so. `data_dir` is
+    where the data sets lie that are read and are in no package; None: on the hub.
     """
     not_asked = left_out(names)
     chosen = [name for name in _chosen(names) if name not in not_asked]
-    asked = {request.config_hash: request for name in chosen for request in _runs(name)}
-    return list(asked.values())
+    runs = [_with_data(request, data_dir) for name in chosen for request in _runs(name)]
+    return list({request.config_hash: request for request in runs}.values())
 
 
-def left_out(names: Sequence[str]) -> dict[str, list[str]]:
-    """Experiments that "all" does not run, with the testbeds that are why: to shape them takes rights, and minutes."""
+def left_out(names: Sequence[str]) -> dict[str, str]:
+    """Experiments that "all" does not run, and what they need that is not on every machine."""
     by_name = _chosen([name for name in names if name != ALL]) if {*names} - {ALL} else []
-    shaped = {name: _shaped_testbeds(name) for name in _chosen(names) if name not in by_name}
-    return {name: testbeds for name, testbeds in shaped.items() if testbeds}
+    needs = {name: _needs(name) for name in _chosen(names) if name not in by_name}
+    return {name: need for name, need in needs.items() if need}
 
 
-def run(names: Sequence[str], out: Path, force: bool = False) -> list[Record]:
+def run(names: Sequence[str], out: Path, force: bool = False, data_dir: Path | None = None) -> list[Record]:
     """Run what is named into the results folder, then write its report: tables, figures, report.md, index.html."""
-    for name, testbeds in left_out(names).items():
-        print(
-            f"{name} is not among all: it runs for minutes on {', '.join(testbeds)}, for which this machine's cores "
-            f"and links are shaped, and that needs rights (`orrery doctor --testbed {testbeds[0]}` tells whether they "
-            f"are there). `orrery reproduce {name}` runs it.",
-            file=sys.stderr,
-        )
-    asked = requests(names)
+    for name, need in left_out(names).items():
+        print(f"{name} is not among all: {need}. `orrery reproduce {name}` runs it.", file=sys.stderr)
+    asked = requests(names, data_dir)
     records = []
     with show.progress(len(asked)) as ended:
         for outcome in sweep(asked, out, force):
@@ -79,10 +76,32 @@ def _runs(name: str) -> list[Request]:
     return read(_folder() / f"{name}.toml")
 
 
-def _shaped_testbeds(name: str) -> list[str]:
-    """Where the experiment's real runs are on devices and links that this machine is shaped to behave like."""
-    emulated = [request.testbed.name for request in _runs(name) if request.mode == "emulated"]
-    return [testbed for testbed in dict.fromkeys(emulated) if library.load(testbed).medium != "loopback"]
+def _needs(name: str) -> str:
+    """What the experiment's real runs need beside this installation; empty where they need nothing."""
+    real = [request for request in _runs(name) if request.mode != COMPUTED]
+    asked = dict.fromkeys(request.testbed.name for request in real)
+    shaped = [testbed for testbed in asked if library.load(testbed).medium != "loopback"]
+    read = [dataset for dataset in dict.fromkeys(r.workload.dataset for r in real) if _is_elsewhere(dataset)]
+    needs = []
+    if shaped:
+        needs.append(
+            f"it runs for minutes on {', '.join(shaped)}, for which this machine's cores and links are shaped, and "
+            f"that needs rights (`orrery doctor --testbed {shaped[0]}` tells whether they are there)"
+        )
+    if read:
+        needs.append(f"it trains for minutes on {', '.join(read)}, from the Hugging Face hub or from --data-dir")
+    return ", and ".join(needs)
+
+
+def _with_data(request: Request, data_dir: Path | None) -> Request:
+    """The request, reading from the folder what it reads from one."""
+    reads = request.mode != COMPUTED and _is_elsewhere(request.workload.dataset)
+    return replace(request, data_dir=data_dir) if reads and data_dir is not None else request
+
+
+def _is_elsewhere(dataset: str) -> bool:
+    """Whether the data set's samples are neither made here nor in a package."""
+    return datasets.spec(dataset).hub is not None
 
 
 def _folder() -> Path:

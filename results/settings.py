@@ -63,7 +63,7 @@ class Setting:
         )
 
     def label(self, record: Record) -> str:
-        """The method, with those of its and the technique's options that differ within the setting."""
+        """The method, with those of its and the technique's options, and the seed, that differ within the setting."""
         same = [r for r in self.records if r.method == record.method]
         told = [
             f"{name}={value}"
@@ -71,6 +71,8 @@ class Setting:
             for name, value in getattr(record, options).items()
             if any(getattr(r, options).get(name) != value for r in same)
         ]
+        if len({r.provenance.seed for r in same}) > 1:
+            told.append(f"seed={record.provenance.seed}")
         return f"{record.method} ({', '.join(told)})" if told else record.method
 
 

@@ -155,8 +155,8 @@ def _hangs_on(record: Record) -> Iterable[str]:
         yield f"depends on usable_memory_bytes, which may be up to {memory.high / MIB:.1f} MiB"
 
 
-def beside(paper: Paper, artefact: str, setting: Setting, comparisons: Sequence[Comparison]) -> Table:
-    """A paper's table or figure, cell by cell, beside ours."""
+def beside(paper: Paper, artefact: str, name: str, comparisons: Sequence[Comparison]) -> Table:
+    """A paper's table or figure, cell by cell, beside ours. `name` is that of what is compared."""
     frame = pd.DataFrame(
         {
             "model": c.cell.model,
@@ -177,7 +177,7 @@ def beside(paper: Paper, artefact: str, setting: Setting, comparisons: Sequence[
     if left_out:
         notes.append(f"{left_out} cells are marked fitted: constants were fitted to them, so no error figure has them.")
     return Table(
-        f"{setting.name}-{paper.name}-{artefact}",
+        f"{name}-{paper.name}-{artefact}",
         f"{paper.title}: {title_of(artefact)}",
         frame.drop(columns=[column for column in frame.columns if (frame[column] == "").all()]),
         {"ours": lambda value: f"{value:.4g}", "paper": str},

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from harness import datasets, reference, samples
+from harness import datasets, evaluation, reference, samples
 from harness.costs import Costs
 from harness.engine import DeviceReport, Execution, check_samples, execution
 from harness.errors import OrreryError, OutOfMemory, Unsupported
 from harness.fleet.coordinator import Lost
-from harness.fleet.job import SAMPLES, WEIGHTS, Job, trained
+from harness.fleet.job import SAMPLES, WEIGHTS, Job, merged, trained
 from harness.models import shards
 from harness.plan import Plan
 from harness.plan.actions import COMPUTE
@@ -104,9 +104,16 @@ class Emulation:
         self.oom_kills: dict[str, int] = {}
 
     def execute(
-        self, plan: Plan, workload: Workload, costs: Costs, data_dir: Path | None = None, verify: bool = False
+        self,
+        plan: Plan,
+        workload: Workload,
+        costs: Costs,
+        data_dir: Path | None = None,
+        verify: bool = False,
+        evaluate: bool = False,
     ) -> Execution:
-        """Run the plan. With `verify` it is trained again on one device, and the distance of the two is given.
+        """Run the plan. With `verify` it is trained again on one device, and the distance of the two is given; with
+        `evaluate` the metric of what was trained, on samples that it has not seen. Neither is in any time.
 
         Raises OutOfMemory for a device over its limit, Broken (a failed row) for one that is lost.
         """
@@ -120,7 +127,8 @@ class Emulation:
         dilation = setting.dilation if setting else 1.0
         pace = self._pace(plan, costs, dilation)
         jobs = [
-            self._job(machine, setting, text, workload, device, verify, pace.get(device, ())) for device in plan.devices
+            self._job(machine, setting, text, workload, device, verify or evaluate, pace.get(device, ()))
+            for device in plan.devices
         ]
         iteration = max(max(p.iteration_s) for p in estimate(plan, costs, self.testbed.cluster).phases)
         events = _Events(machine, self.testbed.events, dilation, self.links)
@@ -137,6 +145,9 @@ class Emulation:
         if recomputed := {report.device: report.recomputed for report in reports if report.recomputed}:
             about["recomputed_cache_entries"] = recomputed
         found = replace(execution(plan, reports, workload.training, dilation), emulation=about)
+        if evaluate:
+            whole = evaluation.whole(workload, self.folder / WEIGHTS, merged(self.folder, plan.devices))
+            found = replace(found, metric=evaluation.evaluate(workload, whole, data_dir))
         if not verify:
             return found
         wanted = reference.train(plan, workload, dataset)

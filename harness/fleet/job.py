@@ -163,16 +163,29 @@ def _shard(job: Job, plan: Plan, workload: Workload) -> ModelShard:
 
 
 def _save(shard: ModelShard, job: Job) -> None:
-    """The trained weights of this device by name, and what its optimizers keep of each."""
-    kept = {name: tensor.cpu().clone() for name, tensor in state(shard.layered.root, shard.optimizers).items()}
-    save_file(kept, _trained_file(Path(job.folder), job.device))
+    """The trained weights of this device by name, and what its optimizers keep of each; its buffers by themselves."""
+    root = shard.layered.root
+    buffers = {name: buffer for name, buffer in root.named_buffers() if not buffer.is_meta}
+    for kind, tensors in (("trained", state(root, shard.optimizers)), ("buffers", buffers)):
+        kept = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
+        save_file(kept, _saved_file(Path(job.folder), kind, job.device))
 
 
 def trained(folder: Path, device: str) -> dict[str, Tensor]:
-    """What a device has saved."""
-    tensors: dict[str, Tensor] = load_file(_trained_file(folder, device))
+    """What a device has saved of its weights and optimizers."""
+    tensors: dict[str, Tensor] = load_file(_saved_file(folder, "trained", device))
     return tensors
 
 
-def _trained_file(folder: Path, device: str) -> Path:
-    return folder / f"trained-{device}.safetensors"
+def merged(folder: Path, devices: Sequence[str]) -> dict[str, Tensor]:
+    """Weights and buffers by name, of all devices together. Replicas have the same weights; of buffers, which they
+    need not share, those of the first device count."""
+    tensors: dict[str, Tensor] = {}
+    for device in reversed(devices):
+        tensors |= {name: tensor for name, tensor in trained(folder, device).items() if "/" not in name}
+        tensors |= load_file(_saved_file(folder, "buffers", device))
+    return tensors
+
+
+def _saved_file(folder: Path, kind: str, device: str) -> Path:
+    return folder / f"{kind}-{device}.safetensors"

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from harness.errors import OrreryError
+from harness.models.checkpoints import locate
 from harness.models.techniques import add_lora
 from harness.workload import Workload
 
@@ -71,7 +72,8 @@ def _weights(model_class: type[Model], config: PreTrainedConfig, workload: Workl
     if workload.checkpoint is None or torch.get_default_device().type == "meta":
         return model_class(config)
     try:
-        model, info = model_class.from_pretrained(workload.checkpoint, config=config, output_loading_info=True)
+        place = locate(workload.checkpoint)
+        model, info = model_class.from_pretrained(place, config=config, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unreadable(workload, str(error)) from error
     missing = sorted(key for key in info["missing_keys"] if _is_backbone(model, key))
@@ -101,7 +103,7 @@ def _stored_config(config_class: type[PreTrainedConfig], entry: ModelEntry, work
     if workload.checkpoint is None:
         return config_class(**entry.config, **options)
     try:
-        stored, _ = PreTrainedConfig.get_config_dict(workload.checkpoint)
+        stored, _ = PreTrainedConfig.get_config_dict(locate(workload.checkpoint))
     except (OSError, ValueError) as error:
         raise _unreadable(workload, str(error)) from error
     if "model_type" not in stored:

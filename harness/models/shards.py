@@ -25,7 +25,7 @@ def write(workload: Workload, path: Path) -> None:
 
     Raises OrreryError if the model can't be built or the file can't be written.
     """
-    tensors = {name: tensor.detach().contiguous() for name, tensor in _named(models.build(workload).root)}
+    tensors = {name: tensor.detach().contiguous() for name, tensor in named(models.build(workload).root)}
     write_whole(path, lambda part: save_file(tensors, part))
 
 
@@ -36,7 +36,7 @@ def load(workload: Workload, path: Path, first: int, last: int) -> Layered:
     Raises OrreryError for a file that is not there, is damaged, or holds a model of other shapes.
     """
     layered = models.build(workload, device="meta")
-    names = {id(tensor): name for name, tensor in _named(layered.root)}
+    names = {id(tensor): name for name, tensor in named(layered.root)}
     units = layered.units[first:last]
     held = {
         id(tensor): tensor
@@ -54,7 +54,7 @@ def load(workload: Workload, path: Path, first: int, last: int) -> Layered:
     return layered
 
 
-def _named(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def named(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers, those too that a state dict leaves out; tied ones once."""
     yield from root.named_parameters()
     yield from root.named_buffers()

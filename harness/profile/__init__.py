@@ -12,6 +12,7 @@ from pathlib import Path
 
 from harness.costs import Costs
 from harness.models import entry
+from harness.models.checkpoints import locate
 from harness.profile import store
 from harness.workload import Workload
 
@@ -65,7 +66,7 @@ def content_key(workload: Workload, accelerator: str = "cpu") -> str:
 
 def _checkpoint_config(checkpoint: str | None) -> str | None:
     """The shape of a checkpoint in a folder; one with a hub name goes by its name."""
-    config = Path(checkpoint) / "config.json" if checkpoint else None
+    config = Path(locate(checkpoint)) / "config.json" if checkpoint else None
     return config.read_text(encoding="utf-8") if config and config.is_file() else None
 
 

@@ -76,7 +76,7 @@ def test_sample_order_is_the_same_everywhere() -> None:
 def test_digits_are_scikit_learns() -> None:
     from sklearn.datasets import load_digits
 
-    found = datasets.load(image("digits", num_channels=1))
+    found = datasets.load(image("digits", num_channels=1, num_samples=1797))
     batch = found.batch(range(1797))
     expected = load_digits()
     assert len(found) == datasets.spec("digits").num_samples
@@ -131,6 +131,63 @@ def test_regression_labels_are_numbers(tmp_path: Path) -> None:
     write_csv(tmp_path / "stsb" / "train.csv", [("a b", "c", 4.25), ("d", "e f", 0)])
     labels = datasets.load(text("stsb"), tmp_path).batch([0, 1])["labels"]
     assert torch.equal(labels, torch.tensor([4.25, 0.0]))
+
+
+def test_a_part_of_a_file_is_taken_at_even_distances(tmp_path: Path) -> None:
+    """Files may be sorted: so are the genres of STS-B."""
+    write_csv(tmp_path / "stsb" / "train.csv", [("a", "b", row) for row in range(10)])
+    parts = {n: datasets.load(text("stsb", num_samples=n), tmp_path) for n in (2, 4, 10, 12)}
+    found = {n: part.batch(range(len(part)))["labels"].int().tolist() for n, part in parts.items()}
+    assert found == {2: [0, 5], 4: [0, 2, 5, 7], 10: [*range(10)], 12: [*range(10)]}
+    digits = datasets.load(image("digits", num_samples=599)).batch(range(599))["labels"]
+    whole = datasets.load(image("digits", num_samples=1797)).batch(range(1797))["labels"]
+    assert torch.equal(digits, whole[::3])
+
+
+def test_validation_text_is_read_with_the_training_texts_tokenizer(tmp_path: Path) -> None:
+    write_csv(tmp_path / "mrpc" / "train.csv", PAIRS)
+    write_csv(tmp_path / "mrpc" / "validation.csv", [("zzzz zzzz", "q", 0), *PAIRS[::-1]])
+    asked = text("mrpc", num_samples=2)
+    training = datasets.load(text("mrpc", num_samples=3), tmp_path).batch([0, 1, 2])
+    found = datasets.load(asked, tmp_path, "validation")
+    batch = found.batch([3, 2, 1])
+    assert len(found) == 4, "all of it, however few are trained on"
+    assert all(torch.equal(batch[name], training[name]) for name in training)
+
+
+def test_validation_samples_that_are_made_are_others_of_the_same_kind() -> None:
+    """Tokens lie in their label's slice of the vocabulary, pixels around their label's pattern."""
+    words = text("synthetic", num_samples=64, num_labels=4)
+    training, validation = (datasets.load(words, split=split).batch(range(64)) for split in ("train", "validation"))
+    assert not torch.equal(training["input_ids"], validation["input_ids"])
+    highest = [training["input_ids"][training["labels"] == label].max() for label in range(4)]
+    for label in range(4):
+        ids = validation["input_ids"][validation["labels"] == label]
+        assert label == 0 or ids.min() > highest[label - 1] - 20
+        assert label == 3 or ids.max() < highest[label] + 20
+    pixels = image("synthetic", num_samples=256, num_labels=2)
+    means = []
+    for split in ("train", "validation"):
+        batch = datasets.load(pixels, split=split).batch(range(256))
+        means.append(torch.stack([batch["pixel_values"][batch["labels"] == label].mean(0) for label in range(2)]))
+    assert not torch.equal(*means)
+    assert (means[0] - means[1]).abs().mean() < 0.05 < 0.1 < (means[0][0] - means[1][1]).abs().mean()
+
+
+def test_images_of_a_test_split(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for split, count in (("train", 3), ("test", 2)):
+        for row in range(count):
+            path = tmp_path / "cifar10" / split / f"{row % 2}" / f"{row}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (row, 0, 100 if split == "test" else 0)).save(path)
+    asked = image("cifar10", num_samples=2)
+    split = datasets.spec("cifar10").validation
+    assert split is not None
+    found = datasets.load(asked, tmp_path, split)
+    assert len(found) == 2 and (found.batch([0, 1])["pixel_values"][:, 2] * 255).round().unique().tolist() == [100]
+    assert len(datasets.load(asked, tmp_path)) == 2
 
 
 @needs_glue

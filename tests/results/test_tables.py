@@ -93,7 +93,7 @@ def test_fitted_cells_are_marked_and_not_in_the_mean(by_testbed: dict[str, Setti
         Comparison(replace(cells[0], value="1"), 3.0, "one board", fitted=True),
         Comparison(replace(cells[1], value="1"), 1.1, "one board"),
     ]
-    table = tables.beside(paper, "fig8a", by_testbed["pac-nano-4"], comparisons)
+    table = tables.beside(paper, "fig8a", by_testbed["pac-nano-4"].name, comparisons)
     assert table.frame["error"].tolist() == ["(+200.0%) fitted", "+10.0%"]
     assert table.notes[0] == "Mean absolute error over 1 cells: 10.0%."
     assert table.title.endswith("Figure 8(a)")
