@@ -226,6 +226,9 @@ def run(
     repeats: Annotated[int | None, typer.Option(help="medians of N; simulated runs need no repeating")] = None,
     data_dir: Annotated[str | None, typer.Option(help="folder of the data set's files; default: the hub")] = None,
     verify: Annotated[bool | None, typer.Option("--verify", help="train again on one device and compare")] = None,
+    save_adapter: Annotated[
+        str | None, typer.Option("--save-adapter", metavar="FILE", help="file for what the technique trains")
+    ] = None,
     options: Set = None,
     force: Annotated[bool, typer.Option("--force", help="repeat runs that are finished")] = False,
     out: Out = DEFAULT_OUT,

@@ -70,6 +70,7 @@ KEYS: dict[str, dict[str, type]] = {
         "repeats": int,
         "data_dir": str,
         "verify": bool,
+        "save_adapter": str,
     },
 }
 DEFAULT_TECHNIQUE = "full"
@@ -87,7 +88,8 @@ WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 class Request:
     """One run that is asked for, with every name looked up. `options` are the method's, defaults included.
 
-    `verify`: what was trained is compared with the same training on one device. Simulated runs are done once, and have
+    `verify`: what was trained is compared with the same training on one device. `save_adapter`: the file that gets what
+    the technique has trained; it is no part of the question. Simulated runs are done once, and have
     no `data_dir` and nothing to verify, whatever was asked: it makes no difference.
     """
 
@@ -99,6 +101,7 @@ class Request:
     repeats: int = 1
     data_dir: Path | None = None
     verify: bool = False
+    save_adapter: Path | None = None
 
     @property
     def config_hash(self) -> str:
@@ -149,6 +152,9 @@ def expand(tables: Mapping[str, Any], source: str) -> list[Request]:
     ]
     methods = {request.method.name for request in requests}
     _every_option_used(options, methods, {request.workload.technique for request in requests}, source)
+    files = [request.save_adapter for request in requests if request.save_adapter is not None]
+    if len(files) > len(set(files)):
+        _refuse(source, "run.save_adapter", f"names one file for {len(files)} runs", "Allowed is a file of one run")
     return requests
 
 
@@ -273,6 +279,9 @@ def _requests(workload: Workload, run: Mapping[str, Any], options: Mapping[str, 
     computed = mode == COMPUTED
     if run.get("verify", False) and not computed and not workload.training:
         raise OrreryError("verify compares what was trained, and the technique inference trains nothing.")
+    save_adapter = Path(run["save_adapter"]).expanduser() if "save_adapter" in run else None
+    if save_adapter is not None:
+        _check_adapter(save_adapter, workload, mode)
     for chosen in _product(options.get(method.name, {})):
         yield Request(
             method=method,
@@ -283,7 +292,23 @@ def _requests(workload: Workload, run: Mapping[str, Any], options: Mapping[str, 
             repeats=1 if computed else repeats,
             data_dir=None if computed or "data_dir" not in run else Path(run["data_dir"]).expanduser(),
             verify=not computed and run.get("verify", False),
+            save_adapter=save_adapter,
         )
+
+
+def _check_adapter(path: Path, workload: Workload, mode: str) -> None:
+    """Refuse what would train and then have nothing to save, or nowhere."""
+    if mode == COMPUTED:
+        raise OrreryError(f"save_adapter saves what was trained, and mode {mode} trains nothing. Give mode emulated.")
+    if TECHNIQUES[workload.technique] is None:
+        adding = ", ".join(name for name, options in TECHNIQUES.items() if options is not None)
+        raise OrreryError(
+            f"save_adapter saves what a technique adds to a model, and {workload.technique} adds nothing. "
+            f"Choose one of: {adding}."
+        )
+    if path.is_dir() or not path.parent.is_dir():
+        found = "is a folder" if path.is_dir() else f"would lie in {path.parent}, which is no folder"
+        raise OrreryError(f"save_adapter is {path}, which {found}. Name a file in a folder that is there.")
 
 
 def planned(path: Path) -> Method:

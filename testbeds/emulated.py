@@ -17,7 +17,7 @@ from harness.costs import Costs
 from harness.engine import DeviceReport, Execution, check_samples, execution
 from harness.errors import OrreryError, OutOfMemory, Unsupported
 from harness.fleet.coordinator import Lost
-from harness.fleet.job import SAMPLES, WEIGHTS, Job, trained
+from harness.fleet.job import SAMPLES, WEIGHTS, Job, trained, trained_parameters
 from harness.models import shards
 from harness.plan import Plan
 from harness.plan.actions import COMPUTE
@@ -104,9 +104,17 @@ class Emulation:
         self.oom_kills: dict[str, int] = {}
 
     def execute(
-        self, plan: Plan, workload: Workload, costs: Costs, data_dir: Path | None = None, verify: bool = False
+        self,
+        plan: Plan,
+        workload: Workload,
+        costs: Costs,
+        data_dir: Path | None = None,
+        verify: bool = False,
+        keep_trained: bool = False,
     ) -> Execution:
         """Run the plan. With `verify` it is trained again on one device, and the distance of the two is given.
+
+        With `keep_trained` the parameters that were trained are given, too.
 
         Raises OutOfMemory for a device over its limit, Broken (a failed row) for one that is lost.
         """
@@ -119,8 +127,9 @@ class Emulation:
         text = to_json(plan)
         dilation = setting.dilation if setting else 1.0
         pace = self._pace(plan, costs, dilation)
+        save = verify or keep_trained
         jobs = [
-            self._job(machine, setting, text, workload, device, verify, pace.get(device, ())) for device in plan.devices
+            self._job(machine, setting, text, workload, device, save, pace.get(device, ())) for device in plan.devices
         ]
         iteration = max(max(p.iteration_s) for p in estimate(plan, costs, self.testbed.cluster).phases)
         events = _Events(machine, self.testbed.events, dilation, self.links)
@@ -137,6 +146,8 @@ class Emulation:
         if recomputed := {report.device: report.recomputed for report in reports if report.recomputed}:
             about["recomputed_cache_entries"] = recomputed
         found = replace(execution(plan, reports, workload.training, dilation), emulation=about)
+        if keep_trained:
+            found = replace(found, trained=trained_parameters(workload, self.folder, plan.devices))
         if not verify:
             return found
         wanted = reference.train(plan, workload, dataset)

@@ -16,11 +16,11 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from harness import samples
+from harness import models, samples
 from harness.cache import ActivationCache
 from harness.engine import DeviceReport, ModelShard, Worker, check_samples, programs
 from harness.engine.program import held_units, peers
-from harness.errors import OrreryError, Unsupported
+from harness.errors import Broken, OrreryError, Unsupported
 from harness.fleet import probe
 from harness.fleet.channel import Channel, Closed, Message
 from harness.fleet.processes import enter
@@ -172,6 +172,22 @@ def trained(folder: Path, device: str) -> dict[str, Tensor]:
     """What a device has saved."""
     tensors: dict[str, Tensor] = load_file(_trained_file(folder, device))
     return tensors
+
+
+def trained_parameters(workload: Workload, folder: Path, devices: Sequence[str]) -> dict[str, Tensor]:
+    """What the devices have trained together: every parameter once, for all that hold one have the same.
+
+    Raises Broken where one is missing.
+    """
+    root = models.build(workload, device="meta").root
+    saved = [trained(folder, device) for device in devices]
+    found: dict[str, Tensor] = {}
+    for name in (name for name, parameter in root.named_parameters() if parameter.requires_grad):
+        holder = next((tensors for tensors in saved if name in tensors), None)
+        if holder is None:
+            raise Broken(f"No device has saved {name}, which was to be trained.")
+        found[name] = holder[name]
+    return found
 
 
 def _trained_file(folder: Path, device: str) -> Path:
