@@ -230,6 +230,9 @@ def run(
     data_dir: DataDir = None,
     verify: Annotated[bool | None, typer.Option("--verify", help="train again on one device and compare")] = None,
     evaluate: Annotated[bool | None, typer.Option("--evaluate", help="measure quality on the validation split")] = None,
+    save_adapter: Annotated[
+        str | None, typer.Option("--save-adapter", metavar="FILE", help="file for what the technique trains")
+    ] = None,
     options: Set = None,
     force: Annotated[bool, typer.Option("--force", help="repeat runs that are finished")] = False,
     out: Out = DEFAULT_OUT,

@@ -71,6 +71,7 @@ KEYS: dict[str, dict[str, type]] = {
         "data_dir": str,
         "verify": bool,
         "evaluate": bool,
+        "save_adapter": str,
     },
 }
 DEFAULT_TECHNIQUE = "full"
@@ -89,8 +90,9 @@ class Request:
     """One run that is asked for, with every name looked up. `options` are the method's, defaults included.
 
     `verify`: what was trained is compared with the same training on one device. `evaluate`: its metric is measured on
-    the validation split. Simulated runs are done once, and have no `data_dir` and nothing to verify or evaluate,
-    whatever was asked: it makes no difference.
+    the validation split. `save_adapter`: the file that gets what the technique has trained; it is no part of the
+    question. Simulated runs are done once, and have no `data_dir` and nothing to verify or evaluate, whatever was
+    asked: it makes no difference.
     """
 
     method: Method
@@ -102,6 +104,7 @@ class Request:
     data_dir: Path | None = None
     verify: bool = False
     evaluate: bool = False
+    save_adapter: Path | None = None
 
     @property
     def config_hash(self) -> str:
@@ -153,6 +156,9 @@ def expand(tables: Mapping[str, Any], source: str) -> list[Request]:
     ]
     methods = {request.method.name for request in requests}
     _every_option_used(options, methods, {request.workload.technique for request in requests}, source)
+    files = [request.save_adapter for request in requests if request.save_adapter is not None]
+    if len(files) > len(set(files)):
+        _refuse(source, "run.save_adapter", f"names one file for {len(files)} runs", "Allowed is a file of one run")
     return requests
 
 
@@ -279,6 +285,9 @@ def _requests(workload: Workload, run: Mapping[str, Any], options: Mapping[str, 
         raise OrreryError("verify compares what was trained, and the technique inference trains nothing.")
     if run.get("evaluate", False) and not computed:
         _check_evaluation(workload)
+    save_adapter = Path(run["save_adapter"]).expanduser() if "save_adapter" in run else None
+    if save_adapter is not None:
+        _check_adapter(save_adapter, workload, mode)
     for chosen in _product(options.get(method.name, {})):
         yield Request(
             method=method,
@@ -290,6 +299,7 @@ def _requests(workload: Workload, run: Mapping[str, Any], options: Mapping[str, 
             data_dir=None if computed or "data_dir" not in run else Path(run["data_dir"]).expanduser(),
             verify=not computed and run.get("verify", False),
             evaluate=not computed and run.get("evaluate", False),
+            save_adapter=save_adapter,
         )
 
 
@@ -302,6 +312,21 @@ def _check_evaluation(workload: Workload) -> None:
             f"evaluate measures on samples that were not trained on, and the data set {workload.dataset} has but one "
             f"split. Choose one of: {', '.join(others)}."
         )
+
+
+def _check_adapter(path: Path, workload: Workload, mode: str) -> None:
+    """Refuse what would train and then have nothing to save, or nowhere."""
+    if mode == COMPUTED:
+        raise OrreryError(f"save_adapter saves what was trained, and mode {mode} trains nothing. Give mode emulated.")
+    if TECHNIQUES[workload.technique] is None:
+        adding = ", ".join(name for name, options in TECHNIQUES.items() if options is not None)
+        raise OrreryError(
+            f"save_adapter saves what a technique adds to a model, and {workload.technique} adds nothing. "
+            f"Choose one of: {adding}."
+        )
+    if path.is_dir() or not path.parent.is_dir():
+        found = "is a folder" if path.is_dir() else f"would lie in {path.parent}, which is no folder"
+        raise OrreryError(f"save_adapter is {path}, which {found}. Name a file in a folder that is there.")
 
 
 def planned(path: Path) -> Method:

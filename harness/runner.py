@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from pydantic import ValidationError
@@ -52,7 +53,8 @@ def sweep(requests: Sequence[Request], out: Path, force: bool = False) -> Iterat
             while left:
                 for series in left:
                     request = series.request
-                    stored = None if force or series.runs else store.finished(out, request.config_hash)
+                    again = force or series.runs or _lacks_adapter(request)
+                    stored = None if again else store.finished(out, request.config_hash)
                     if stored is not None:
                         series.over = True
                         yield Outcome(request, stored, skipped=True)
@@ -88,6 +90,19 @@ def _saved(out: Path, series: _Series) -> Record:
         write_chrome_trace(series.execution.trace, store.trace_path(out, record.provenance.config_hash))
     store.save(out, record)
     return record
+
+
+def _lacks_adapter(request: Request) -> bool:
+    """Whether the file that is asked for is not there, or is another run's: then a stored record is not enough."""
+    path = request.save_adapter
+    return path is not None and not (path.is_file() and _adapters().read(path)[0]["config_hash"] == request.config_hash)
+
+
+def _adapters() -> ModuleType:
+    """Imports torch, which most runs can do without."""
+    from harness import adapters
+
+    return adapters
 
 
 class Testbeds(contextlib.ExitStack):
@@ -166,6 +181,7 @@ class _Series:
             "data_dir": request.data_dir,
             "verify": request.verify and first,
             "evaluate": request.evaluate and first,
+            "keep_trained": request.save_adapter is not None and first,
         }
         self.execution = execution = execute(plan, request.workload, costs, **how)
         found.update(measure.memory(execution.trace), dilation=execution.dilation, emulation=plain(execution.emulation))
@@ -173,6 +189,8 @@ class _Series:
             found.update(max_rel_error=execution.max_rel_error, metric=execution.metric)
         _must_fit(execution.trace, request)
         self.runs.append(measure.measure(execution.trace, request.workload, request.testbed.cluster))
+        if request.save_adapter is not None and first:
+            _adapters().save(request.save_adapter, request.workload, execution.trained, request.config_hash)
 
     def _finish(self) -> None:
         last = self.execution

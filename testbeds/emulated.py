@@ -17,7 +17,7 @@ from harness.costs import Costs
 from harness.engine import DeviceReport, Execution, check_samples, execution
 from harness.errors import OrreryError, OutOfMemory, Unsupported
 from harness.fleet.coordinator import Lost
-from harness.fleet.job import SAMPLES, WEIGHTS, Job, merged, trained
+from harness.fleet.job import SAMPLES, WEIGHTS, Job, trained, trained_buffers, trained_parameters
 from harness.models import shards
 from harness.plan import Plan
 from harness.plan.actions import COMPUTE
@@ -111,9 +111,12 @@ class Emulation:
         data_dir: Path | None = None,
         verify: bool = False,
         evaluate: bool = False,
+        keep_trained: bool = False,
     ) -> Execution:
         """Run the plan. With `verify` it is trained again on one device, and the distance of the two is given; with
         `evaluate` the metric of what was trained, on samples that it has not seen. Neither is in any time.
+
+        With `keep_trained` the parameters that were trained are given, too.
 
         Raises OutOfMemory for a device over its limit, Broken (a failed row) for one that is lost.
         """
@@ -126,9 +129,9 @@ class Emulation:
         text = to_json(plan)
         dilation = setting.dilation if setting else 1.0
         pace = self._pace(plan, costs, dilation)
+        save = verify or evaluate or keep_trained
         jobs = [
-            self._job(machine, setting, text, workload, device, verify or evaluate, pace.get(device, ()))
-            for device in plan.devices
+            self._job(machine, setting, text, workload, device, save, pace.get(device, ())) for device in plan.devices
         ]
         iteration = max(max(p.iteration_s) for p in estimate(plan, costs, self.testbed.cluster).phases)
         events = _Events(machine, self.testbed.events, dilation, self.links)
@@ -145,9 +148,14 @@ class Emulation:
         if recomputed := {report.device: report.recomputed for report in reports if report.recomputed}:
             about["recomputed_cache_entries"] = recomputed
         found = replace(execution(plan, reports, workload.training, dilation), emulation=about)
-        if evaluate:
-            whole = evaluation.whole(workload, self.folder / WEIGHTS, merged(self.folder, plan.devices))
-            found = replace(found, metric=evaluation.evaluate(workload, whole, data_dir))
+        if evaluate or keep_trained:
+            parameters = trained_parameters(workload, self.folder, plan.devices)
+            if keep_trained:
+                found = replace(found, trained=parameters)
+            if evaluate:
+                after = {**parameters, **trained_buffers(self.folder, plan.devices)}
+                whole = evaluation.whole(workload, self.folder / WEIGHTS, after)
+                found = replace(found, metric=evaluation.evaluate(workload, whole, data_dir))
         if not verify:
             return found
         wanted = reference.train(plan, workload, dataset)

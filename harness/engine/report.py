@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from torch import Tensor
+
 from harness.plan import Plan
 from harness.plan.values import KINDS
 from harness.trace import Event, PhaseTrace, Trace
@@ -63,7 +65,7 @@ class DeviceReport:
 class Execution:
     """What really happened: the trace, and the loss of every iteration (mean over its samples).
 
-    `emulation` is what an emulated testbed measured of itself.
+    `emulation` is what an emulated testbed measured of itself. `trained`: the trained parameters, where asked for.
     """
 
     trace: Trace
@@ -72,6 +74,7 @@ class Execution:
     max_rel_error: float | None = None
     dilation: float = 1.0
     emulation: Mapping[str, object] | None = None
+    trained: Mapping[str, Tensor] | None = None
 
 
 def execution(plan: Plan, reports: Sequence[DeviceReport], training: bool, dilation: float = 1.0) -> Execution:

@@ -16,11 +16,11 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from harness import samples
+from harness import models, samples
 from harness.cache import ActivationCache
 from harness.engine import DeviceReport, ModelShard, Worker, check_samples, programs
 from harness.engine.program import held_units, peers
-from harness.errors import OrreryError, Unsupported
+from harness.errors import Broken, OrreryError, Unsupported
 from harness.fleet import probe
 from harness.fleet.channel import Channel, Closed, Message
 from harness.fleet.processes import enter
@@ -177,14 +177,28 @@ def trained(folder: Path, device: str) -> dict[str, Tensor]:
     return tensors
 
 
-def merged(folder: Path, devices: Sequence[str]) -> dict[str, Tensor]:
-    """Weights and buffers by name, of all devices together. Replicas have the same weights; of buffers, which they
-    need not share, those of the first device count."""
-    tensors: dict[str, Tensor] = {}
+def trained_parameters(workload: Workload, folder: Path, devices: Sequence[str]) -> dict[str, Tensor]:
+    """What the devices have trained together: every parameter once, for all that hold one have the same.
+
+    Raises Broken where one is missing.
+    """
+    root = models.build(workload, device="meta").root
+    saved = [trained(folder, device) for device in devices]
+    found: dict[str, Tensor] = {}
+    for name in (name for name, parameter in root.named_parameters() if parameter.requires_grad):
+        holder = next((tensors for tensors in saved if name in tensors), None)
+        if holder is None:
+            raise Broken(f"No device has saved {name}, which was to be trained.")
+        found[name] = holder[name]
+    return found
+
+
+def trained_buffers(folder: Path, devices: Sequence[str]) -> dict[str, Tensor]:
+    """The buffers by name. Devices that hold the same need not have the same in them: those of the first count."""
+    found: dict[str, Tensor] = {}
     for device in reversed(devices):
-        tensors |= {name: tensor for name, tensor in trained(folder, device).items() if "/" not in name}
-        tensors |= load_file(_saved_file(folder, "buffers", device))
-    return tensors
+        found |= load_file(_saved_file(folder, "buffers", device))
+    return found
 
 
 def _saved_file(folder: Path, kind: str, device: str) -> Path:

@@ -38,7 +38,7 @@ HEADS = ("encoder_attention_heads", "decoder_attention_heads")
 
 def build(entry: ModelEntry, workload: Workload) -> Layered:
     model = pretrained.load(MODEL, entry, workload, DROPOUTS, NEEDS, QUERIES_AND_VALUES)
-    return cut(EncoderDecoderClassifier(model), workload)
+    return cut(EncoderDecoderClassifier(model, workload.num_labels), workload)
 
 
 def cut(root: EncoderDecoderClassifier, workload: Workload) -> Layered:

@@ -5,22 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 
 class EncoderDecoderClassifier(nn.Module):
     """An encoder-decoder and one linear classifier on the last decoder position, as PAC's timing code has it."""
 
-    def __init__(self, backbone: PreTrainedModel) -> None:
+    def __init__(self, backbone: PreTrainedModel, num_labels: int) -> None:
         super().__init__()
         self.backbone = backbone
-        self.classifier = nn.Linear(backbone.config.d_model, backbone.config.num_labels)
+        self.classifier = nn.Linear(backbone.config.d_model, num_labels)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor) -> Tensor:
-        """Logits [rows, labels]."""
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, decoder_input_ids: Tensor | None = None
+    ) -> SequenceClassifierOutput:
+        """As the classifiers of transformers: `logits` are [rows, labels]."""
         decoded = self.backbone(
             input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=decoder_input_ids, use_cache=False
         )
-        return self.classify(decoded.last_hidden_state)
+        return SequenceClassifierOutput(logits=self.classify(decoded.last_hidden_state))
 
     def classify(self, hidden: Tensor) -> Tensor:
         return self.classifier(hidden[:, -1])

@@ -40,7 +40,7 @@ HEADS: tuple[str, ...] = ()  # they have a width of their own
 
 def build(entry: ModelEntry, workload: Workload) -> Layered:
     model = pretrained.load(MODEL, entry, workload, DROPOUTS, NEEDS, QUERIES_AND_VALUES)
-    return cut(EncoderDecoderClassifier(model), workload)
+    return cut(EncoderDecoderClassifier(model, workload.num_labels), workload)
 
 
 def cut(root: EncoderDecoderClassifier, workload: Workload) -> Layered:
