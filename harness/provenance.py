@@ -12,7 +12,7 @@ from pathlib import Path
 
 DISTRIBUTION = "orrery-bench"
 #: Libraries whose version can change a number.
-LIBRARIES = ("torch", "transformers", "datasets", "numpy", "scikit-learn", "pandas", "pydantic")
+LIBRARIES = ("torch", "transformers", "datasets", "numpy", "scikit-learn", "scipy", "pandas", "pydantic")
 
 
 @cache
