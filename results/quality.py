@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
@@ -10,7 +11,7 @@ import pandas as pd
 
 from harness import datasets, show
 from harness.records import Record
-from harness.workload import TECHNIQUES
+from harness.techniques import TECHNIQUES, all_options
 from results import papers
 from results.comparison import caches, qualities
 from results.papers import same
@@ -33,6 +34,13 @@ class Row:
     @property
     def technique(self) -> str:
         return self.records[0].technique
+
+    @property
+    def name(self) -> str:
+        """The technique, with what was chosen of its options."""
+        usual = all_options(self.technique)
+        chosen = [f"{key}={value}" for key, value in self.records[0].technique_options.items() if value != usual[key]]
+        return f"{self.technique} ({', '.join(chosen)})" if chosen else self.technique
 
     @property
     def metrics(self) -> list[float]:
@@ -91,7 +99,8 @@ def groups(records: Iterable[Record]) -> list[Group]:
     for record in records:
         if record.status == "ok" and record.metric is not None:
             question = tuple(getattr(record, field) for field in ("model", "mode", *shared))
-            row = (TECHNIQUES.index(record.technique), record.learning_rate, record.method, caches(record))
+            chosen = list(TECHNIQUES).index(record.technique), json.dumps(record.technique_options)
+            row = (*chosen, record.learning_rate, record.method, caches(record))
             found.setdefault(question, {}).setdefault(row, []).append(record)
     return [Group(tuple(Row(tuple(rows[key])) for key in sorted(rows))) for rows in found.values()]
 
@@ -123,7 +132,7 @@ def table(name: str, group: Group) -> Table:
         record = row.records[0]
         rows.append(
             {
-                "technique": row.technique,
+                "technique": row.name,
                 "method": record.method,
                 "cache": "yes" if caches(record) else "no",
                 "learning rate": f"{record.learning_rate:g}",
@@ -182,8 +191,8 @@ def _verdict(group: Group) -> Iterator[str]:
     for row in group.rows:
         if row.technique == CLAIMED:
             place = "within" if lowest <= row.mean <= highest else "below" if row.mean < lowest else "above"
-            cached = "with the cache" if caches(row.records[0]) else "without a cache"
+            what = f"{row.name} {'with the cache' if caches(row.records[0]) else 'without a cache'}"
             yield (
-                f"{CLAIMED} {cached}: {row.mean - mean:+.2f} points from the mean of the other techniques; its mean is "
+                f"{what}: {row.mean - mean:+.2f} points from the mean of the other techniques; its mean is "
                 f"{place} their spread, which is from their lowest run to their highest, {lowest:.2f} to {highest:.2f}."
             )

@@ -7,6 +7,7 @@ import pytest
 
 from harness import datasets
 from harness.records import Provenance, Record
+from harness.techniques import all_options
 from results import quality
 from results.comparison import qualities
 from results.papers import load
@@ -29,6 +30,7 @@ def made_up(technique: str, seed: int, metric: float | None, **changed: Any) -> 
         "method": "eddl",
         "method_options": {},
         "technique": technique,
+        "technique_options": all_options(technique),
         "model": "t5-base",
         "dataset": "mrpc",
         "num_samples": 3668,
