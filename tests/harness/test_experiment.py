@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,9 @@ import pytest
 
 from harness.errors import OrreryError
 from harness.experiment import expand, one, read, toml_value
+from harness.profile import content_key
+from harness.techniques import Lora, all_options
+from harness.workload import Workload
 
 
 def tables(**sections: dict[str, Any]) -> dict[str, Any]:
@@ -147,3 +152,61 @@ def test_one_request_from_python() -> None:
 )
 def test_values_on_the_command_line_are_toml_or_text(text: str, value: object) -> None:
     assert toml_value(text) == value
+
+
+def test_options_of_techniques_sweep_and_name_the_question() -> None:
+    options = {"lora": {"rank": [4, 32]}, "parallel-adapters": {"dropped": ["none", "2, 0"], "gate": True}}
+    asked = tables(workload={"technique": ["lora", "parallel-adapters"]}, options=options)
+    requests = expand(asked, "x")
+    chosen = [all_options(r.workload.technique, r.workload.technique_options) for r in requests]
+    assert [(c.get("rank"), c.get("dropped")) for c in chosen] == [(4, None), (32, None), (None, "none"), (None, "0,2")]
+    (default,) = expand(tables(workload={"technique": "lora"}), "x")
+    hashes = [r.config_hash for r in requests]
+    assert len(set(hashes)) == 4 and hashes[1] == default.config_hash, "a default that is said is no other question"
+    keys = {content_key(r.workload) for r in requests}
+    assert len(keys) == 4 and content_key(default.workload) in keys
+    for request in requests:
+        sent = json.loads(json.dumps(dataclasses.asdict(request.workload)))
+        assert Workload(**sent) == request.workload and hash(Workload(**sent)) == hash(request.workload)
+
+
+WRONG_OPTIONS = {
+    "no such option": ("lora", {"ranks": 4}, r"option of lora called 'ranks'. Did you mean rank"),
+    "none at all": ("full", {"rank": 4}, r"The technique full has no options, so 'rank' can't be set"),
+    "too small": ("lora", {"rank": 0}, r"lora.rank is 0. Allowed is a whole number of at least 1"),
+    "no whole number": ("adapters", {"reduction": 2.5}, r"adapters.reduction is 2.5. Allowed is a whole number"),
+    "truth is no number": ("lora", {"alpha": True}, r"lora.alpha is True. Allowed is a whole number"),
+    "no probability": ("lora", {"dropout": 1}, r"lora.dropout is 1. Allowed is a probability from 0 to below 1"),
+    "no truth value": (
+        "parallel-adapters",
+        {"gate": "yes"},
+        r"parallel-adapters.gate is 'yes'. Allowed is true or false",
+    ),
+    "no layers": (
+        "parallel-adapters",
+        {"dropped": "0-4"},
+        r"dropped is '0-4'. Allowed is 'none', or a text with numbers",
+    ),
+    "no beginning": ("parallel-adapters", {"init": "prune"}, r"init called 'prune'. Did you mean pruning"),
+}
+
+
+@pytest.mark.parametrize(("technique", "options", "message"), WRONG_OPTIONS.values(), ids=WRONG_OPTIONS)
+def test_options_of_techniques_that_are_wrong_are_named(technique: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OrreryError, match=message):
+        expand(tables(workload={"technique": technique}, options={technique: options}), "my.toml")
+
+
+def test_options_of_a_technique_that_is_not_run_are_refused() -> None:
+    with pytest.raises(OrreryError, match=r"options.lora sets options of a technique that is not run. Run are: full"):
+        expand(tables(options={"lora": {"rank": 4}}), "x")
+    request = one(
+        {"method": "eddl", "model": "bert-tiny", "testbed": "pac-nano-2", "technique": "lora"}, {}, {"rank": 4}
+    )
+    assert request.workload.technique_options == Lora(rank=4)
+
+
+def test_a_method_can_not_have_the_name_of_a_technique(tmp_path: Path) -> None:
+    (tmp_path / "lora.py").write_text("OPTIONS = {}\ndef plan(workload, costs, cluster, options): ...\n")
+    with pytest.raises(OrreryError, match="makes a method called lora, and so is a technique called"):
+        expand(tables(run={"method": str(tmp_path / "lora.py")}), "x")

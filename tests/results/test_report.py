@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+import harness
 from harness.errors import OrreryError
 from harness.records import Record
-from results import report
+from harness.techniques import all_options
+from results import again, report
 from results.document import inline
 from results.settings import colour, settings
 
@@ -154,3 +156,24 @@ def test_an_svg_becomes_part_of_a_page() -> None:
     assert inline(svg, "f1-") == (
         '<svg>\n<defs><path id="f1-p"/></defs><use xlink:href="#f1-p"/><g clip-path="url(#f1-p)"/></svg>'
     )
+
+
+def test_settings_tell_options_of_the_technique_apart(records: list[Record]) -> None:
+    eddl = next(r for r in records if r.method == "eddl")
+    first, other = (
+        eddl.model_copy(update={"technique": "lora", "technique_options": all_options("lora", {"rank": rank})})
+        for rank in (4, 32)
+    )
+    (setting,) = settings([first, other])
+    assert {setting.label(r) for r in setting.records} == {"eddl (rank=4)", "eddl (rank=32)"}
+
+
+def test_a_record_with_options_of_its_technique_is_asked_again() -> None:
+    options = {"technique_options": {"rank": 4, "alpha": 8}}
+    record = harness.run(
+        method="eddl", model="bert-tiny", technique="lora", testbed="pac-nano-2", num_samples=32, **options
+    )
+    assert record.technique_options == {"rank": 4, "alpha": 8, "dropout": None}
+    asked = again.request(record)
+    assert asked is not None and asked.config_hash == record.provenance.config_hash
+    assert again.workload(record) == asked.workload
