@@ -68,6 +68,7 @@ KEYS: dict[str, dict[str, type]] = {
         "mode": str,
         "repeats": int,
         "data_dir": str,
+        "cache_dir": str,
         "verify": bool,
     },
 }
@@ -86,7 +87,8 @@ class Request:
     """One run that is asked for, with every name looked up. `options` are the method's, defaults included.
 
     `verify`: what was trained is compared with the same training on one device. Simulated runs are done once, and have
-    no `data_dir` and nothing to verify, whatever was asked: it makes no difference.
+    no `data_dir` and nothing to verify, whatever was asked: it makes no difference. `cache_dir`: where activation
+    caches are kept.
     """
 
     method: Method
@@ -96,6 +98,7 @@ class Request:
     mode: str
     repeats: int = 1
     data_dir: Path | None = None
+    cache_dir: Path | None = None
     verify: bool = False
 
     @property
@@ -110,6 +113,7 @@ class Request:
             "mode": self.mode,
             "repeats": self.repeats,
             "data_dir": None if self.data_dir is None else str(self.data_dir),
+            "cache_dir": None if self.cache_dir is None else str(self.cache_dir),
             "verify": self.verify,
         }
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
@@ -260,6 +264,7 @@ def _requests(workload: Workload, run: Mapping[str, Any], options: Mapping[str, 
             mode=mode,
             repeats=1 if computed else repeats,
             data_dir=None if computed or "data_dir" not in run else Path(run["data_dir"]).expanduser(),
+            cache_dir=None if "cache_dir" not in run else Path(run["cache_dir"]).expanduser(),
             verify=not computed and run.get("verify", False),
         )
 

@@ -84,7 +84,8 @@ class Testbed(Protocol):
 class Mode(Protocol):
     """What the runner needs of a mode. A testbed is open for as many runs as wanted:
 
-    with opened(testbed) as execute: execute(plan, workload, costs, data_dir=..., verify=...)
+    with opened(testbed) as execute:
+        execute(plan, workload, costs, data_dir=..., verify=..., cache_dir=..., journal=...)
     """
 
     def opened(self, testbed: Testbed) -> AbstractContextManager[Callable[..., Any]]: ...

@@ -63,7 +63,8 @@ class DeviceReport:
 class Execution:
     """What really happened: the trace, and the loss of every iteration (mean over its samples).
 
-    `emulation` is what an emulated testbed measured of itself.
+    `emulation` is what an emulated testbed measured of itself. `resumed_after_epoch`: the run had been killed, and the
+    trace is of what was left; the losses are of all of it.
     """
 
     trace: Trace
@@ -72,6 +73,7 @@ class Execution:
     max_rel_error: float | None = None
     dilation: float = 1.0
     emulation: Mapping[str, object] | None = None
+    resumed_after_epoch: int | None = None
 
 
 def execution(plan: Plan, reports: Sequence[DeviceReport], training: bool, dilation: float = 1.0) -> Execution:

@@ -24,8 +24,6 @@ def validate(plan: Plan, costs: Costs) -> dict[str, int]:
     weight exactly once. A phase begins with what the one before leaves. Raises InvalidPlan.
     Workspace inside an action is in the simulator's ledger.
     """
-    if plan.phases and plan.phases[0].cached:
-        raise InvalidPlan(f"phase {plan.phases[0].name!r} reads from a cache, and no phase before it has filled one")
     high: dict[str, int] = {}
     checked: set[int] = set()
     for before, phase in zip((None, *plan.phases), plan.phases, strict=False):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,15 +12,26 @@ import torch
 
 from harness import cache
 from harness.cache import ActivationCache
+from harness.entries import HEADER_BYTES, SEAL_BYTES
 from harness.errors import OrreryError
+from harness.manifest import KEY_BYTES
 
 ROWS = torch.arange(24, dtype=torch.float32).reshape(4, 3, 2)
+
+
+KEYS = [bytes([sample]) * KEY_BYTES for sample in range(10)]
+IDENTITY = {"model": "bert-tiny", "backbone": "ab12"}
+SLOT_BYTES = 24 + SEAL_BYTES
+
+
+def opened(folder: Path, identity: Mapping[str, str] = IDENTITY, keys: Sequence[bytes] = KEYS) -> ActivationCache:
+    return ActivationCache(folder, identity, keys)
 
 
 @pytest.fixture
 def made(tmp_path: Path) -> Iterator[ActivationCache]:
     before = set(threading.enumerate())
-    found = ActivationCache(tmp_path / "cache", 10)
+    found = opened(tmp_path / "cache")
     yield found
     found.clear()
     assert not (tmp_path / "cache").exists() and set(threading.enumerate()) == before
@@ -51,8 +62,8 @@ def test_damaged_entries_are_made_again_or_end_the_run(made: ActivationCache, da
     path = made.folder / "hidden.bin"
     content = bytearray(path.read_bytes())
     if damage == "changed":
-        content[2 * 24 + 5] ^= 1
-    path.write_bytes(content[:60] if damage == "truncated" else content)
+        content[HEADER_BYTES + 2 * SLOT_BYTES + 5] ^= 1
+    path.write_bytes(content[: HEADER_BYTES + 2 * SLOT_BYTES + 9] if damage == "truncated" else content)
     with pytest.raises(OrreryError, match=r"is damaged: hidden of sample 2 is not what was written. Run again"):
         made.get("hidden", [1, 2])
     asked = []
@@ -72,8 +83,10 @@ def test_the_disk_is_not_filled(made: ActivationCache, monkeypatch: pytest.Monke
     free = cache.RESERVE_BYTES + ROWS.nbytes
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     made.put("hidden", [0, 1, 2, 3], ROWS)
+    more = torch.cat([ROWS, ROWS[:1]])
     with pytest.raises(OrreryError, match=r"needs 0.0 MiB more, and the disk of .* has 256 MiB, of which 256 are left"):
-        made.put("hidden", [0, 1, 2, 3, 4], torch.cat([ROWS, ROWS[:1]]))
+        made.put("hidden", [4, 5, 6, 7, 8], more)
+    made.put("hidden", [0, 1, 2, 3, 4], more)  # four of which are there
 
 
 def test_rows_of_another_shape_are_refused(made: ActivationCache) -> None:

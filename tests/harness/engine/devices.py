@@ -17,6 +17,7 @@ from harness.cache import ActivationCache
 from harness.costs import Costs
 from harness.engine import DeviceReport, Execution, ModelShard, Worker, execution, programs
 from harness.engine.program import held_units, peers
+from harness.manifest import sample_keys
 from harness.models import shards
 from harness.plan import Plan
 from harness.schedules import Pipeline, Stage, micro_batches
@@ -117,7 +118,7 @@ def outcomes(
     def device_main(device: str) -> None:
         transport, plan = transports[device], plans[device]
         shard, report, failure, worker = None, None, None, None
-        cache = ActivationCache(folder / f"cache-{device}", workload.num_samples)
+        cache = ActivationCache(folder / f"cache-{device}", {}, sample_keys(dataset, workload.num_samples))
         try:
             mine = programs(plan, device)
             layered = shards.load(workload, weights, *held_units(plan, device))
