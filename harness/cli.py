@@ -228,6 +228,9 @@ def run(
     mode: Mode = None,
     repeats: Annotated[int | None, typer.Option(help="medians of N; simulated runs need no repeating")] = None,
     data_dir: DataDir = None,
+    cache_dir: Annotated[
+        str | None, typer.Option(help="folder where activation caches are kept; default: a temporary one")
+    ] = None,
     verify: Annotated[bool | None, typer.Option("--verify", help="train again on one device and compare")] = None,
     evaluate: Annotated[bool | None, typer.Option("--evaluate", help="measure quality on the validation split")] = None,
     save_adapter: Annotated[
@@ -235,6 +238,9 @@ def run(
     ] = None,
     options: Set = None,
     force: Annotated[bool, typer.Option("--force", help="repeat runs that are finished")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="keep state after every epoch, and go on with the state of a killed run")
+    ] = False,
     out: Out = DEFAULT_OUT,
     as_json: Json = False,
 ) -> None:
@@ -248,7 +254,7 @@ def run(
     requests = read(experiment) if experiment is not None else _flags(ctx)
     records = []
     with show.progress(len(requests)) as ended:
-        for outcome in sweep(requests, out, force):
+        for outcome in sweep(requests, out, force, resume):
             records.append(outcome.record)
             if as_json:
                 print(outcome.record.json_line(), flush=True)

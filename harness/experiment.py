@@ -69,6 +69,7 @@ KEYS: dict[str, dict[str, type]] = {
         "mode": str,
         "repeats": int,
         "data_dir": str,
+        "cache_dir": str,
         "verify": bool,
         "evaluate": bool,
         "save_adapter": str,
@@ -92,7 +93,7 @@ class Request:
     `verify`: what was trained is compared with the same training on one device. `evaluate`: its metric is measured on
     the validation split. `save_adapter`: the file that gets what the technique has trained; it is no part of the
     question. Simulated runs are done once, and have no `data_dir` and nothing to verify or evaluate, whatever was
-    asked: it makes no difference.
+    asked: it makes no difference. `cache_dir`: where activation caches are kept.
     """
 
     method: Method
@@ -102,6 +103,7 @@ class Request:
     mode: str
     repeats: int = 1
     data_dir: Path | None = None
+    cache_dir: Path | None = None
     verify: bool = False
     evaluate: bool = False
     save_adapter: Path | None = None
@@ -118,6 +120,7 @@ class Request:
             "mode": self.mode,
             "repeats": self.repeats,
             "data_dir": None if self.data_dir is None else str(self.data_dir),
+            "cache_dir": None if self.cache_dir is None else str(self.cache_dir),
             "verify": self.verify,
             "evaluate": self.evaluate,
         }
@@ -297,6 +300,7 @@ def _requests(workload: Workload, run: Mapping[str, Any], options: Mapping[str, 
             mode=mode,
             repeats=1 if computed else repeats,
             data_dir=None if computed or "data_dir" not in run else Path(run["data_dir"]).expanduser(),
+            cache_dir=None if "cache_dir" not in run else Path(run["cache_dir"]).expanduser(),
             verify=not computed and run.get("verify", False),
             evaluate=not computed and run.get("evaluate", False),
             save_adapter=save_adapter,

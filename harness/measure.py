@@ -29,19 +29,21 @@ REPEATED = (
 )
 
 
-def measure(trace: Trace, workload: Workload, cluster: Cluster) -> dict[str, Any]:
+def measure(trace: Trace, workload: Workload, cluster: Cluster, epochs_before: int = 0) -> dict[str, Any]:
     """Record fields of one run: times, where they went, bytes, memory and energy.
+
+    Of a run that was killed and went on, `epochs_before` were not seen: all is of the rest, and there is no total time.
 
     `device_time_per_sample_s`: compute-queue seconds of all devices over samples (PAC, Figure 8).
     `comm_time_s`: the busiest single network queue, so that sending and receiving at once counts once.
     `bubble_fraction`: 1 - mean over devices of (compute-queue seconds / total time): waiting for others and
     for transfers alike. With equal stages and free transfers it is (p-1)/(m+p-1) for GPipe and 1F1B.
     """
-    samples, total = workload.total_samples, trace.total_s
+    samples, total = workload.total_samples - epochs_before * workload.num_samples, trace.total_s
     computing = [trace.busy_s[device].get(COMPUTE, 0.0) for device in trace.devices]
     networking = [trace.busy_s[device].get(queue, 0.0) for device in trace.devices for queue in (NIC_OUT, NIC_IN)]
     return {
-        "total_time_s": total,
+        "total_time_s": None if epochs_before else total,
         "time_per_sample_s": total / samples,
         "device_time_per_sample_s": sum(computing) / samples,
         "throughput_samples_per_s": samples / total,

@@ -137,6 +137,11 @@ class Record(Part):
     status: Status
     reason: str | None = None
 
+    resumed_after_epoch: int | None = Field(
+        default=None,
+        description="the run was killed, and went on after this epoch: there is no total time; other times, "
+        "throughput, phases, bytes, memory and energy are of the rest alone; losses and max_rel_error of all epochs",
+    )
     total_time_s: float | None = Field(default=None, description="training: all epochs; inference: all requests")
     time_per_sample_s: float | None = None
     device_time_per_sample_s: float | None = Field(

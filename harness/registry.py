@@ -86,7 +86,8 @@ class Mode(Protocol):
     """What the runner needs of a mode. A testbed is open for as many runs as wanted:
 
     with opened(testbed) as execute:
-        execute(plan, workload, costs, data_dir=..., verify=..., evaluate=..., keep_trained=...)
+        execute(plan, workload, costs, data_dir=..., cache_dir=..., journal=..., verify=..., evaluate=...,
+                keep_trained=...)
     """
 
     def opened(self, testbed: Testbed) -> AbstractContextManager[Callable[..., Any]]: ...

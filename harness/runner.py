@@ -19,13 +19,14 @@ from pydantic import ValidationError
 from harness import datasets, measure, models, profile, provenance, registry, store, techniques
 from harness.costs import Costs
 from harness.errors import Broken, OrreryError, OutOfMemory, Unsupported
-from harness.experiment import COMPUTED, Request, reads_images
+from harness.experiment import COMPUTED, Request, planned, reads_images
 from harness.plain import plain
-from harness.plan import Plan, Step
+from harness.plan import Plan, Step, serial
 from harness.plan.graph import InvalidPlan
 from harness.plan.validate import validate
 from harness.records import SCHEMA_VERSION, AssumedConstant, Provenance, Record
 from harness.registry import Testbed
+from harness.resume import Journal
 from harness.trace import Trace
 from harness.trace_export import write_chrome_trace
 from harness.workload import OPTIMIZER_STATE_COPIES, Workload
@@ -40,23 +41,27 @@ class Outcome:
     skipped: bool
 
 
-def sweep(requests: Sequence[Request], out: Path, force: bool = False) -> Iterator[Outcome]:
+def sweep(requests: Sequence[Request], out: Path, force: bool = False, resume: bool = False) -> Iterator[Outcome]:
     """Run what has not been run. Each record is on disk, whole, as soon as its last repeat has ended.
+
+    With `resume` what really runs keeps its state after every epoch, and goes on where it was killed before.
 
     Runs on one testbed in one mode follow each other, and those of one workload take turns with their repeats.
     Input that can't be run raises `OrreryError` where it was asked for alone; among others it is a row.
     """
+    if resume:
+        _check_resumable(requests, force)
     store.prepare(out, {request.config_hash for request in requests} if force else ())
     with Testbeds() as testbeds:
         for group in _groups(requests):
-            left = [_Series(request) for request in group]
+            left = [_Series(request, _journal(request, out) if resume else None) for request in group]
             while left:
                 for series in left:
                     request = series.request
                     again = force or series.runs or _lacks_adapter(request)
                     stored = None if again else store.finished(out, request.config_hash)
                     if stored is not None:
-                        series.over = True
+                        series.forget()
                         yield Outcome(request, stored, skipped=True)
                         continue
                     try:
@@ -89,6 +94,8 @@ def _saved(out: Path, series: _Series) -> Record:
     if series.execution is not None and record.mode != COMPUTED:
         write_chrome_trace(series.execution.trace, store.trace_path(out, record.provenance.config_hash))
     store.save(out, record)
+    if record.status in store.FINISHED:
+        series.forget()
     return record
 
 
@@ -103,6 +110,28 @@ def _adapters() -> ModuleType:
     from harness import adapters
 
     return adapters
+
+
+def _check_resumable(requests: Sequence[Request], force: bool) -> None:
+    """Refuse what contradicts --resume. Simulated runs are over in no time: they have no state, and don't mind."""
+    if force:
+        raise OrreryError("--force begins anew and --resume goes on. Give one of them.")
+    for request in requests:
+        if request.repeats > 1:
+            raise OrreryError(
+                f"--resume goes on with one run, and {request} asks for {request.repeats} repeats, whose times are "
+                "compared. Leave one of them out."
+            )
+        if request.mode != COMPUTED and not request.workload.training:
+            raise OrreryError(f"--resume goes on after an epoch of training, and {request} trains nothing.")
+
+
+def _journal(request: Request, out: Path) -> Journal | None:
+    """Where the state of a run is kept. Of a simulated one there is none."""
+    if request.mode == COMPUTED:
+        return None
+    folder = store.state_path(out, request.config_hash)
+    return Journal(folder, {"config_hash": request.config_hash, "code_digest": provenance.code_digest()})
 
 
 class Testbeds(contextlib.ExitStack):
@@ -139,8 +168,8 @@ def run(request: Request) -> Record:
 class _Series:
     """The repeats of one run, and what is known of its record: a series that ends early has what there was."""
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
+    def __init__(self, request: Request, journal: Journal | None = None) -> None:
+        self.request, self.journal = request, journal
         self.over = False
         self.runs: list[dict[str, Any]] = []
         self.execution: Any = None
@@ -173,7 +202,7 @@ class _Series:
                 f"only in: {', '.join(request.testbed.modes)}"
             )
         if self._planned is None:
-            self._planned = make_plan(request, found)
+            self._planned = self._plan()
         costs, plan = self._planned
         execute = testbeds.execute(request)
         first = not self.runs  # repeats train the same: to verify or evaluate one is to do it with all
@@ -181,16 +210,30 @@ class _Series:
             "data_dir": request.data_dir,
             "verify": request.verify and first,
             "evaluate": request.evaluate and first,
+            "cache_dir": request.cache_dir,
             "keep_trained": request.save_adapter is not None and first,
         }
-        self.execution = execution = execute(plan, request.workload, costs, **how)
+        self.execution = execution = execute(plan, request.workload, costs, **how, journal=self.journal)
         found.update(measure.memory(execution.trace), dilation=execution.dilation, emulation=plain(execution.emulation))
         if first:
             found.update(max_rel_error=execution.max_rel_error, metric=execution.metric)
         _must_fit(execution.trace, request)
-        self.runs.append(measure.measure(execution.trace, request.workload, request.testbed.cluster))
+        found.update(resumed_after_epoch=execution.resumed_after_epoch)
+        seen = execution.trace, request.workload, request.testbed.cluster
+        self.runs.append(measure.measure(*seen, execution.resumed_after_epoch or 0))
         if request.save_adapter is not None and first:
             _adapters().save(request.save_adapter, request.workload, execution.trained, request.config_hash)
+
+    def _plan(self) -> tuple[Costs, Plan]:
+        """The method's plan; of a run that goes on the very plan that it began with."""
+        if self.journal is None:
+            return make_plan(self.request, self._found)
+        if self.journal.committed() is not None:
+            method = dataclasses.replace(planned(self.journal.plan), name=self.request.method.name)
+            return make_plan(dataclasses.replace(self.request, method=method), self._found)
+        costs, plan = make_plan(self.request, self._found)
+        self.journal.keep_plan(serial.to_json(plan))
+        return costs, plan
 
     def _finish(self) -> None:
         last = self.execution
@@ -198,6 +241,12 @@ class _Series:
         if last.losses:
             self._found.update(losses=list(last.losses), loss=last.losses[-1])
         self.end("ok")
+
+    def forget(self) -> None:
+        """The run is in the results: it needs no state any more."""
+        self.over = True
+        if self.journal is not None:
+            self.journal.remove()
 
     def end(self, status: str, reason: str | None = None, stack: str | None = None) -> None:
         self._found.update(status=status, reason=reason, traceback=stack)
@@ -225,10 +274,11 @@ def make_plan(request: Request, found: dict[str, Any] | None = None) -> tuple[Co
     try:
         _must_fit_the_question(plan, costs, request)
         validate(plan, costs)
+        cached = plan.phases[0].cached
         about = {
             "planning_time_s": seconds,
             "plan": plain(dict(plan.summary)),
-            "micro_batch_size": max(max(p.micro_batches) for p in plan.phases if p.shards and not p.cached),
+            "micro_batch_size": max(max(p.micro_batches) for p in plan.phases if p.shards and p.cached == cached),
         }
     except InvalidPlan as error:
         raise OrreryError(f"The plan of {request.method.name} is not valid: {error}.") from error
@@ -292,6 +342,11 @@ def _must_fit_the_question(plan: Plan, costs: Costs, request: Request) -> None:
         found = f"cuts a model of {plan.num_units} units, and {workload.model} has {len(costs.units)}"
     elif samples != workload.total_samples:
         found = f"processes {samples} samples, and the workload has {workload.total_samples}"
+    elif plan.phases and plan.phases[0].cached and request.cache_dir is None:
+        raise OrreryError(
+            f"The plan of {request.method.name} begins with {plan.phases[0].name!r}, which reads from a cache, and no "
+            "phase before it has filled one. Name the folder of a kept one with --cache-dir."
+        )
     elif costs.training and _clips(plan) != (workload.clip_norm is not None):
         found = "clips gradients, and the workload does not" if _clips(plan) else "clips nothing, and the workload does"
     elif costs.training and (wanted := OPTIMIZER_STATE_COPIES[workload.optimizer]) != (held := _state_copies(plan)):

@@ -59,7 +59,10 @@ def costs_table(costs: Costs, cluster: Cluster, rows: int) -> str:
 def ending(record: Record) -> str:
     """How a run ended, in a few words."""
     if record.status == "ok":
-        return f"ok, {number(record.throughput_samples_per_s)} samples/s in {duration(record.total_time_s or 0)}"
+        speed = f"ok, {number(record.throughput_samples_per_s)} samples/s"
+        if record.resumed_after_epoch is not None:
+            return f"{speed} since it was resumed after epoch {record.resumed_after_epoch}"
+        return f"{speed} in {duration(record.total_time_s or 0)}"
     return f"{record.status}: {record.reason}"
 
 

@@ -33,6 +33,11 @@ def trace_path(out: Path, config_hash: str) -> Path:
     return out / "traces" / f"{config_hash}.json"
 
 
+def state_path(out: Path, config_hash: str) -> Path:
+    """The folder with the state of a run that can be resumed, as long as it is not over."""
+    return out / "resume" / config_hash
+
+
 def prepare(out: Path, replaced: Container[str] = ()) -> None:
     """Make the folder, and prove that it can be written and its records be read, before anything is run for it.
 

@@ -33,7 +33,8 @@ class Pair:
 
     @property
     def ok(self) -> bool:
-        return self.emulated.status == self.simulated.status == "ok"
+        """Whether both have the time of the whole run: one that was killed and went on has none."""
+        return self.emulated.status == self.simulated.status == "ok" and self.emulated.resumed_after_epoch is None
 
     @property
     def shaped(self) -> bool:

@@ -11,19 +11,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from harness import datasets, evaluation, reference, samples
 from harness.costs import Costs
 from harness.engine import DeviceReport, Execution, check_samples, execution
+from harness.engine.checkpoint import Progress, epoch_ends, file_digest
 from harness.errors import OrreryError, OutOfMemory, Unsupported
 from harness.fleet.coordinator import Lost
 from harness.fleet.job import SAMPLES, WEIGHTS, Job, trained, trained_buffers, trained_parameters
+from harness.manifest import identity
 from harness.models import shards
-from harness.plan import Plan
+from harness.plan import Load, Plan, Store
 from harness.plan.actions import COMPUTE
 from harness.plan.serial import to_json
 from harness.profile.measure import LOCAL, on_this_machine
 from harness.registry import Finding
+from harness.resume import Committed, Journal
 from harness.samples import Dataset
 from harness.simulator import estimate, own_seconds
 from harness.workload import Workload
@@ -112,17 +116,27 @@ class Emulation:
         verify: bool = False,
         evaluate: bool = False,
         keep_trained: bool = False,
+        cache_dir: Path | None = None,
+        journal: Journal | None = None,
     ) -> Execution:
         """Run the plan. With `verify` it is trained again on one device, and the distance of the two is given; with
         `evaluate` the metric of what was trained, on samples that it has not seen. Neither is in any time.
 
         With `keep_trained` the parameters that were trained are given, too.
 
-        Raises OutOfMemory for a device over its limit, Broken (a failed row) for one that is lost.
+        `cache_dir` is where activation caches are kept. With a journal the run goes on where it was killed, and its
+        state is kept. Raises OutOfMemory for a device over its limit, Broken (a failed row) for one that is lost.
         """
+        whole = plan
         asked = self._decide(workload, costs)
         machine = self._machine()
         dataset = self._prepare(workload, data_dir)
+        committed = None if journal is None else self._committed(journal)
+        done = Progress()
+        if committed is not None:
+            ends = epoch_ends(plan, workload)
+            done = next(progress for progress in ends.values() if progress.epochs == committed.epochs)
+            plan = replace(plan, phases=plan.phases[done.phases :])
         machine.ready()
         setting = self._set(machine, asked)
         self.generation, self.secret = machine.fleet.new_generation()
@@ -130,14 +144,24 @@ class Emulation:
         dilation = setting.dilation if setting else 1.0
         pace = self._pace(plan, costs, dilation)
         save = verify or evaluate or keep_trained
+        kept = {**self._kept(plan, workload, cache_dir, journal), "done": asdict(done)}
         jobs = [
-            self._job(machine, setting, text, workload, device, save, pace.get(device, ())) for device in plan.devices
+            replace(
+                self._job(machine, setting, text, workload, device, save, pace.get(device, ())),
+                state_digest=None if committed is None else committed.digests[device],
+                **kept,
+            )
+            for device in plan.devices
         ]
         iteration = max(max(p.iteration_s) for p in estimate(plan, costs, self.testbed.cluster).phases)
         events = _Events(machine, self.testbed.events, dilation, self.links)
         try:
             reports = machine.fleet.run(
-                jobs, STALL_S + STALL_FACTOR * iteration * dilation, events.begun, events.happen
+                jobs,
+                STALL_S + STALL_FACTOR * iteration * dilation,
+                events.begun,
+                events.happen,
+                *(() if journal is None else (journal.commit,)),
             )
         except Lost as lost:
             self._explain(machine, lost, plan, costs)
@@ -147,18 +171,22 @@ class Emulation:
         about = self._about(reports)
         if recomputed := {report.device: report.recomputed for report in reports if report.recomputed}:
             about["recomputed_cache_entries"] = recomputed
-        found = replace(execution(plan, reports, workload.training, dilation), emulation=about)
+        found = replace(
+            execution(plan, reports, workload.training, dilation),
+            emulation=about,
+            resumed_after_epoch=None if committed is None else committed.epochs,
+        )
         if evaluate or keep_trained:
             parameters = trained_parameters(workload, self.folder, plan.devices)
             if keep_trained:
                 found = replace(found, trained=parameters)
             if evaluate:
                 after = {**parameters, **trained_buffers(self.folder, plan.devices)}
-                whole = evaluation.whole(workload, self.folder / WEIGHTS, after)
-                found = replace(found, metric=evaluation.evaluate(workload, whole, data_dir))
+                tuned = evaluation.whole(workload, self.folder / WEIGHTS, after)
+                found = replace(found, metric=evaluation.evaluate(workload, tuned, data_dir))
         if not verify:
             return found
-        wanted = reference.train(plan, workload, dataset)
+        wanted = reference.train(whole, workload, dataset)
         adaptive = workload.optimizer == "adamw"
         errors = [
             reference.max_rel_error(trained(self.folder, device), wanted.state(), adaptive) for device in plan.devices
@@ -180,6 +208,22 @@ class Emulation:
             samples.save(self.dataset, self.folder / SAMPLES)
             self.prepared = workload, data_dir
         return self.dataset
+
+    def _committed(self, journal: Journal) -> Committed | None:
+        """Where the run can go on, if what it began with is still the same."""
+        journal.add({"weights": file_digest(self.folder / WEIGHTS), "samples": file_digest(self.folder / SAMPLES)})
+        return journal.committed()
+
+    def _kept(self, plan: Plan, workload: Workload, cache_dir: Path | None, journal: Journal | None) -> dict[str, Any]:
+        """What a job says of files that outlive it."""
+        lists = (actions for phase in plan.phases for actions in phase.actions.values())
+        stores = any(isinstance(action, Load | Store) for actions in lists for action in actions)
+        cache = cache_dir or (None if journal is None else journal.cache)
+        return {
+            "identity": identity(workload, self.folder / WEIGHTS) if stores else {},
+            "cache": None if cache is None else str(cache.absolute()),
+            "state": None if journal is None else str(journal.folder.absolute()),
+        }
 
     def _machine(self) -> Machine:
         """The processes, on their way up; new ones where some were lost in the last run."""

@@ -26,6 +26,7 @@ class Simulation:
     max_rel_error: None = None
     dilation: float = 1.0
     emulation: None = None
+    resumed_after_epoch: None = None
 
 
 @contextmanager

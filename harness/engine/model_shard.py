@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,9 @@ from harness.engine.dropout import KeyedDropout
 from harness.engine.tensors import Bundle
 from harness.errors import OrreryError
 from harness.models.layered import RESULTS, Layered
-from harness.models.shards import fill
+from harness.models.shards import complete, fill
 from harness.optimizers import optimizer_for
-from harness.plan import Compute, Plan
+from harness.plan import Compute, Plan, Value
 from harness.workload import Workload
 
 #: What torch's optimizers keep of each parameter, in the order in which it travels.
@@ -103,6 +104,14 @@ class ModelShard:
             else:
                 parameter.data.copy_(piece.view(parameter.shape))
             first = last
+
+    def complete(self, path: Path, values: Sequence[Value]) -> None:
+        """Read from the model's file what of the weights among the values has no content yet."""
+        names = [value.name for value in values if self.plan.tensors[value.name].kind == "weights"]
+        missing = [p for name in names for p in self.weights(name) if p.is_meta]
+        complete(self.layered, self.workload, path, missing)
+        for parameter in missing:
+            parameter.data = parameter.data.to(self.device)
 
     def state_bundle(self, name: str) -> Bundle:
         """The value `optimizer...` as flat pieces, parameter by parameter."""

@@ -63,15 +63,22 @@ def programs(plan: Plan, device: str) -> list[Program]:
 
 
 def held_units(plan: Plan, device: str) -> Range:
-    """The units whose weights the device has from the start. Those of cached phases it has already, or is sent."""
+    """The units that the device runs whole, frozen weights and all; none where the plan has cached phases only."""
     ranges = [p.shards[device].units for p in plan.phases if device in p.shards and not p.cached]
-    return min(first for first, _ in ranges), max(last for _, last in ranges)
+    return min((first for first, _ in ranges), default=0), max((last for _, last in ranges), default=0)
 
 
 def peers(mine: Sequence[Program]) -> tuple[set[str], set[str]]:
     """Whom the device sends to, and who sends to it."""
     outgoing = {action.peer for p in mine for node in p.sends if isinstance(action := p.actions[node], Send)}
     return outgoing, {source for p in mine for source in p.receives}
+
+
+def rows_of(phase: Phase, value: Value, sample_ids: Sequence[int]) -> Sequence[int]:
+    """The samples of a value's rows, of those of an iteration."""
+    assert value.rows is not None
+    first = sum(phase.micro_batches[: value.micro_batch])
+    return sample_ids[first + value.rows[0] : first + value.rows[1]]
 
 
 def program(graph: Graph, phase: Phase, device: str) -> Program:

@@ -66,6 +66,7 @@ class Execution:
     """What really happened: the trace, and the loss of every iteration (mean over its samples).
 
     `emulation` is what an emulated testbed measured of itself. `trained`: the trained parameters, where asked for.
+    `resumed_after_epoch`: the run had been killed, and the trace is of what was left; the losses are of all of it.
     """
 
     trace: Trace
@@ -75,6 +76,7 @@ class Execution:
     dilation: float = 1.0
     emulation: Mapping[str, object] | None = None
     trained: Mapping[str, Tensor] | None = None
+    resumed_after_epoch: int | None = None
 
 
 def execution(plan: Plan, reports: Sequence[DeviceReport], training: bool, dilation: float = 1.0) -> Execution:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from queue import SimpleQueue
 
 import torch
@@ -20,8 +21,9 @@ from torch import Tensor
 
 from harness.cache import ActivationCache
 from harness.datasets import batches
+from harness.engine.checkpoint import BEGINNING, Progress
 from harness.engine.model_shard import ModelShard, Saved
-from harness.engine.program import Program
+from harness.engine.program import Program, rows_of
 from harness.engine.report import DeviceReport, PhaseMemory, PhaseTimes
 from harness.engine.tensors import Bundle, buffer, dtype_name, empty_on_host, flat, on_host, part
 from harness.errors import OrreryError, Unsupported
@@ -89,6 +91,8 @@ class Worker:
     `pace`: of every phase the seconds that each node of the compute and storage queues shall take. This machine does it
     faster, and then the device waits; one whose computing is late by more than a tenth of its time is refused.
     `cache`: where it loads and stores.
+    `begin`: what was done before the plan's first phase, with its `losses`. `phase_over(place, losses)` is called
+    between phases, when what the next one begins with is there.
     """
 
     def __init__(
@@ -104,10 +108,14 @@ class Worker:
         progress: Callable[[int], None] = lambda number: None,
         pace: Sequence[Mapping[int, float]] = (),
         cache: ActivationCache | None = None,
+        begin: Progress = BEGINNING,
+        losses: Sequence[float] = (),
+        phase_over: Callable[[int, Sequence[float]], None] = lambda place, losses: None,
     ) -> None:
         self.device, self.plan, self.programs, self.workload = device, plan, programs, workload
         self.shard, self.dataset, self.transport = shard, dataset, transport
         self.barrier, self.progress, self.pace, self.cache = barrier, progress, pace, cache
+        self.begin, self.losses, self.phase_over = begin, losses, phase_over
         self._lock = threading.Lock()
         self._compute_turn, self._send_turn, self._store_turn = (threading.Condition(self._lock) for _ in range(3))
         self._error: BaseException | None = None
@@ -154,9 +162,12 @@ class Worker:
         """
         buffers = [buffer.clone() for buffer in self.shard.buffers()]
         self._tracker = tracker = Tracker()
+        program, (ids, moved) = self.programs[0], self._samples()
+        mine = (ids if program.phase.shards else moved).next() if program.phase.micro_batches else ()
         for number in range(REHEARSALS):
+            self._prefetch(program, mine, ())
             with self._tracker or nullcontext():
-                iteration = self._iteration(number, 0, 0, -1, next(batches(self.workload)), {}, rehearsal=True)
+                iteration = self._iteration(number, 0, 0, -1, mine, {}, rehearsal=True)
                 self._run(iteration)
             self._finish(iteration)
             iteration.values.clear()
@@ -171,11 +182,19 @@ class Worker:
         self._events.clear()
         self._busy = dict.fromkeys(QUEUES, 0.0)
         self._sent.clear()
-        return self._moved(tracker)
+        return self._moved(tracker, program)
 
-    def _moved(self, tracker: Tracker, ahead: int = 0) -> dict[str, int]:
-        """What the watched iteration made at once, at most; `ahead`: bytes that were read for the next one."""
+    def _samples(self) -> tuple[_Ahead, _Ahead]:
+        """The sample ids of what is left: of iterations that compute, and of those that move what they have made."""
+        done = self.begin.trained, self.begin.moved
+        ids, moved = (_Ahead(islice(batches(self.workload), count, None)) for count in done)
+        return ids, moved
+
+    def _moved(self, tracker: Tracker, program: Program) -> dict[str, int]:
+        """What the watched iteration made at once, at most, and what is read for the next one meanwhile."""
         gradients = self._gradient_storages
+        repeated = program.phase.training and program.phase.repeat > 1
+        ahead = sum(self.plan.bytes(value) for value in program.loads) if repeated else 0
         return {
             "moving": max(tracker.levels()) + ahead,
             "gradients": max(tracker.levels(only=gradients)),
@@ -185,17 +204,18 @@ class Worker:
     def run(self, origin: float, moving: Mapping[str, int]) -> DeviceReport:
         """All phases. `origin`: the perf_counter time that the run's times count from. OrreryError as `rehearse`."""
         self._origin = origin
-        losses: list[float] = []
+        losses: list[float] = [*self.losses]
         phases: list[PhaseTimes] = []
         carried: dict[Value, Payload] = {}
         memory: list[PhaseMemory] = []
-        ids, moved, number = _Ahead(batches(self.workload)), _Ahead(batches(self.workload)), 0
+        (ids, moved), number = self._samples(), 0
+        watched = self.programs[0].phase.cached
         for place, program in enumerate(self.programs):
             phase = program.phase
             computes, last = bool(phase.shards), phase.repeat - 1
-            if phase.cached and len(memory) == 1:
+            if phase.cached and not watched:
                 memory.append(self._watched(number, place, ids.peek(), carried))
-                number += 1
+                number, watched = number + 1, True
             spans: list[tuple[float, float]] = []
             sent = sum(self._sent.values())
             for index in range(phase.repeat):
@@ -221,6 +241,7 @@ class Worker:
                 memory.append(PhaseMemory(self.shard.standing_bytes(), moving))
             if place + 1 < len(self.programs):
                 self._hand_over(phase, self.programs[place + 1].phase, carried, len(losses))
+                self.phase_over(place, losses)
         self._check_pace("in the run", MOST_LATE)
         return DeviceReport(
             device=self.device,
@@ -250,8 +271,7 @@ class Worker:
         self._tracker = None
         self._loss, events, self._busy, self._sent, self._late_s = kept
         del self._events[events:]
-        ahead = sum(self.plan.bytes(value) for value in program.loads) if program.phase.repeat > 1 else 0
-        return PhaseMemory(self.shard.standing_bytes(), self._moved(tracker, ahead))
+        return PhaseMemory(self.shard.standing_bytes(), self._moved(tracker, program))
 
     def stop(self) -> None:
         """End the threads, whatever they wait for. Idempotent."""
@@ -342,7 +362,7 @@ class Worker:
             for value in program.loads:
                 for ids in (sample_ids, following):
                     if ids:
-                        self.cache.prefetch(value.name, self._rows(program, value, ids))
+                        self.cache.prefetch(value.name, rows_of(program.phase, value, ids))
 
     def _hand_over(self, before: Phase, after: Phase, carried: dict[Value, Payload], updates: int) -> None:
         """Between phases: take over weights that have come, and let go of those that nobody needs any more.
@@ -361,12 +381,6 @@ class Worker:
             elif self.plan.tensors[value.name].kind == "optimizer":
                 self.shard.adopt_state(value.name, payload, updates)
             carried[value] = None
-
-    def _rows(self, program: Program, value: Value, sample_ids: Sequence[int]) -> Sequence[int]:
-        """The samples of a value's rows."""
-        assert value.rows is not None
-        first = sum(program.phase.micro_batches[: value.micro_batch])
-        return sample_ids[first + value.rows[0] : first + value.rows[1]]
 
     # What actions do
 
@@ -595,7 +609,7 @@ class Worker:
 
     def _load_or_store(self, iteration: Iteration, action: Action) -> None:
         assert self.cache is not None and isinstance(action, (Load, Store))
-        ids = self._rows(iteration.program, action.value, iteration.sample_ids)
+        ids = rows_of(iteration.program.phase, action.value, iteration.sample_ids)
         if isinstance(action, Store):
             self.cache.put(action.value.name, ids, self._tensor(iteration, action.value))
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import signal
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,6 +22,10 @@ SILENCE_S = 3.0
 GRACE_S = 0.3
 #: How long a killed worker may take to be gone.
 FAREWELL_S = 5.0
+
+
+#: (epochs, digest of each device's state).
+Saved = Callable[[int, Mapping[str, str]], None]
 
 
 class Lost(Broken):
@@ -74,14 +79,17 @@ class Fleet:
         stall_s: float,
         begun: Callable[[float], None] = lambda origin: None,
         meanwhile: Callable[[], None] = lambda: None,
+        saved: Saved = lambda epochs, digests: None,
     ) -> list[DeviceReport]:
         """Run a plan's jobs, one per device. `stall_s`: no iteration takes so long, unless something is wrong.
 
-        `begun(origin)` is called when the clock has started, `meanwhile()` now and then from then on. Raises Lost when
+        `begun(origin)` is called when the clock has started, `meanwhile()` now and then from then on, and
+        `saved(epochs, digests)` when every device has written its state after so many epochs. Raises Lost when
         a worker or supervisor dies, fails or hangs, and Unsupported or OrreryError where a worker did; every worker is
         gone then, too.
         """
-        done = self._lead({job.device: {"plan": asdict(job)} for job in jobs}, "done", stall_s, begun, meanwhile)
+        jobs_of = {job.device: {"plan": asdict(job)} for job in jobs}
+        done = self._lead(jobs_of, "done", stall_s, begun, meanwhile, saved)
         return [REPORT.validate_python(done[job.device]) for job in jobs]
 
     def probe(self, probes: Mapping[str, ComputeProbe | LinkProbe], stall_s: float) -> dict[str, dict[str, float]]:
@@ -97,9 +105,10 @@ class Fleet:
         stall_s: float,
         begun: Callable[[float], None] = lambda origin: None,
         meanwhile: Callable[[], None] = lambda: None,
+        saved: Saved = lambda epochs, digests: None,
     ) -> dict[str, Any]:
         """One generation of workers, from fork to exit; what each says under the word `result`."""
-        run = _Run(self, {device: self.supervisors[device] for device in messages}, stall_s)
+        run = _Run(self, {device: self.supervisors[device] for device in messages}, stall_s, saved)
         try:
             for device, message in messages.items():
                 run.tell_supervisor(device, {"run": message})
@@ -130,8 +139,9 @@ class Fleet:
 class _Run:
     """One generation: what each worker has said so far, and whether it still lives."""
 
-    def __init__(self, fleet: Fleet, channels: Mapping[str, Channel], stall_s: float) -> None:
-        self.fleet, self.channels, self.stall_s = fleet, channels, stall_s
+    def __init__(self, fleet: Fleet, channels: Mapping[str, Channel], stall_s: float, saved: Saved) -> None:
+        self.fleet, self.channels, self.stall_s, self.saved = fleet, channels, stall_s, saved
+        self.digests: dict[int, dict[str, str]] = defaultdict(dict)
         self.device_of = {id(channel): device for device, channel in channels.items()}
         now = time.monotonic()
         self.heard = dict.fromkeys(channels, now)
@@ -211,9 +221,18 @@ class _Run:
             failed = message["worker"]["failed"]
             cause = f"{failed['kind']}: {failed['message']}"
             self.bad.append(_Bad(device, cause, failed["secondary"], failed=failed))
+        elif "saved" in message["worker"]:
+            self._saved(device, **message["worker"]["saved"])
         else:
             self.said[device].append(message["worker"])
             self.moved[device] = time.monotonic()
+
+    def _saved(self, device: str, epochs: int, digest: str) -> None:
+        """An epoch counts when the last device has written its state."""
+        self.moved[device] = time.monotonic()
+        self.digests[epochs][device] = digest
+        if len(self.digests[epochs]) == len(self.channels):
+            self.saved(epochs, self.digests.pop(epochs))
 
     def _pulse(self, device: str, alive: Message) -> None:
         if alive["progress"] != self.progress[device]:

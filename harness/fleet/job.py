@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import resource
+import shutil
 import sys
 import traceback
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,17 @@ from torch import Tensor
 
 from harness import models, samples
 from harness.cache import ActivationCache
-from harness.engine import DeviceReport, ModelShard, Worker, check_samples, programs
-from harness.engine.program import held_units, peers
+from harness.datasets import batches
+from harness.engine import DeviceReport, ModelShard, Worker, check_samples, checkpoint, programs
+from harness.engine.checkpoint import Progress, epoch_ends
+from harness.engine.program import Program, held_units, peers, rows_of
 from harness.errors import Broken, OrreryError, Unsupported
 from harness.fleet import probe
 from harness.fleet.channel import Channel, Closed, Message
 from harness.fleet.processes import enter
 from harness.fleet.supervisor import Pulse
 from harness.heap import keep_freed_memory
+from harness.manifest import sample_keys
 from harness.models import shards
 from harness.plan import Plan
 from harness.plan.serial import from_json
@@ -50,6 +55,9 @@ class Job:
     the thread that computes, once the others run.
     `pace`: of every phase the seconds of each node that the device does by itself; none: as fast as it can.
     `latency_s` is added to every message. `save` writes the trained shard into the folder.
+    `identity`: what the activation cache is of; it lies in `cache`, where it stays, or else in the folder.
+    `state`: a folder for what the device has when an epoch is over. `done` is the progress before the plan's first
+    phase, and `state_digest` that of the state which was written then.
     """
 
     device: str
@@ -67,6 +75,11 @@ class Job:
     enter_computing: tuple[str, ...] = ()
     pace: Sequence[Mapping[str, float]] = ()
     save: bool = False
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    cache: str | None = None
+    state: str | None = None
+    done: Mapping[str, int] = field(default_factory=dict)
+    state_digest: str | None = None
 
 
 def work(channel: Channel, message: Message, pulse: Pulse) -> None:
@@ -109,11 +122,14 @@ def _work(channel: Channel, job: Job, pulse: Pulse) -> None:
     cache: ActivationCache | None = None
     try:
         channel.send({"listening": transport.listen(job.host, job.port)})
-        shard = _shard(job, plan, workload)
+        begin = Progress(**job.done)
+        shard, losses = _shard(job, plan, workload, begin)
         dataset = samples.read(Path(job.folder) / SAMPLES)
         check_samples(workload, dataset)
         if any(program.storage for program in mine):
             cache = _cache(job, plan, workload, dataset)
+            if plan.phases[0].cached:
+                _check_filled(cache, mine, workload)
         addresses = {name: tuple(address) for name, address in channel.receive()["peers"].items()}
         outgoing, incoming = peers(mine)
         transport.connect({peer: addresses[peer] for peer in outgoing}, incoming, timeout_s=CONNECT_S)
@@ -122,9 +138,32 @@ def _work(channel: Channel, job: Job, pulse: Pulse) -> None:
             channel.send({"reached": True})
             channel.receive()
 
+        ends = epoch_ends(plan, workload, begin) if job.state is not None else {}
+
+        def phase_over(place: int, losses: Sequence[float]) -> None:
+            if place in ends:
+                if cache is not None:
+                    cache.sync()
+                path = checkpoint.path_of(Path(job.state or ""), ends[place].epochs, job.device)
+                digest = checkpoint.save(path, shard, plan.phases[place + 1].live[job.device], losses)
+                channel.send({"saved": {"epochs": ends[place].epochs, "digest": digest}})
+
         pace = [{int(node): seconds for node, seconds in phase.items()} for phase in job.pace]
         worker = Worker(
-            job.device, plan, mine, workload, shard, dataset, transport, barrier, pulse.progress, pace, cache
+            job.device,
+            plan,
+            mine,
+            workload,
+            shard,
+            dataset,
+            transport,
+            barrier,
+            pulse.progress,
+            pace,
+            cache,
+            begin,
+            losses,
+            phase_over,
         )
         worker.start()
         enter(job.enter_computing)
@@ -140,8 +179,10 @@ def _work(channel: Channel, job: Job, pulse: Pulse) -> None:
         channel.receive()  # all others are done, too: nobody misses us
     finally:
         transport.close()
-        if cache is not None:
+        if cache is not None and job.cache is None:
             cache.clear()
+        elif cache is not None:
+            cache.close()
 
 
 def _cache(job: Job, plan: Plan, workload: Workload, dataset: Dataset) -> ActivationCache:
@@ -152,14 +193,46 @@ def _cache(job: Job, plan: Plan, workload: Workload, dataset: Dataset) -> Activa
         with torch.no_grad():
             return layered.run(0, plan.num_units, dataset.batch(sample_ids), wanted=names)
 
-    return ActivationCache(Path(job.folder) / f"cache-{job.device}", workload.num_samples, recompute)
+    folder = Path(job.cache or Path(job.folder) / "cache") / job.device
+    if job.cache is None:
+        shutil.rmtree(folder, ignore_errors=True)  # of a worker that was killed
+    return ActivationCache(folder, job.identity, sample_keys(dataset, workload.num_samples), recompute)
 
 
-def _shard(job: Job, plan: Plan, workload: Workload) -> ModelShard:
-    """The model with weights for the units that some phase gives to this device; what comes by a plan is left out."""
-    first, last = held_units(plan, job.device)
-    layered = shards.load(workload, Path(job.folder) / WEIGHTS, first, last)
-    return ModelShard(layered, workload, plan, torch.device(ACCELERATORS[job.accelerator]))
+def _check_filled(cache: ActivationCache, mine: Sequence[Program], workload: Workload) -> None:
+    """Refuse a cache that lacks something of what the device will load in an epoch. Its samples are the same in all."""
+    wanted: dict[str, set[int]] = defaultdict(set)
+    ids, left = batches(workload), workload.num_samples
+    for program in mine:
+        for _ in range(program.phase.repeat):
+            if left > 0:
+                batch = next(ids)
+                left -= len(batch)
+                for value in program.loads:
+                    wanted[value.name].update(rows_of(program.phase, value, batch))
+    for name, found in wanted.items():
+        if absent := cache.absent(name, sorted(found)):
+            raise OrreryError(
+                f"The activation cache in {cache.folder} has no {name} of {len(absent)} of the {len(found)} samples "
+                f"that the device needs, sample {absent[0]} among them. Fill it by a run with the same testbed, batch "
+                "size and rows per device that trains its first epoch with the backbone."
+            )
+
+
+def _shard(job: Job, plan: Plan, workload: Workload, begin: Progress) -> tuple[ModelShard, list[float]]:
+    """The model with weights for what this device holds in the beginning; what comes by a plan is left out.
+
+    They are those of the file, or where the run goes on those that it had then; with the losses up to then.
+    """
+    weights, live = Path(job.folder) / WEIGHTS, plan.phases[0].live.get(job.device, ())
+    layered = shards.load(workload, weights, *held_units(plan, job.device))
+    shard = ModelShard(layered, workload, plan, torch.device(ACCELERATORS[job.accelerator]))
+    losses: list[float] = []
+    if job.state is not None and job.state_digest is not None:
+        path = checkpoint.path_of(Path(job.state), begin.epochs, job.device)
+        losses = checkpoint.restore(path, job.state_digest, shard, live, begin.trained)
+    shard.complete(weights, live)
+    return shard, losses
 
 
 def _save(shard: ModelShard, job: Job) -> None:

@@ -5,7 +5,8 @@ Every device builds the same model on "meta", where it costs nothing, and fills 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -36,22 +37,38 @@ def load(workload: Workload, path: Path, first: int, last: int) -> Layered:
     Raises OrreryError for a file that is not there, is damaged, or holds a model of other shapes.
     """
     layered = models.build(workload, device="meta")
-    names = {id(tensor): name for name, tensor in named(layered.root)}
     units = layered.units[first:last]
     held = {
         id(tensor): tensor
         for unit in (*layered.locals_of(units), *units)
         for tensor in (*unit.parameters(), *unit.buffers())
     }
+    complete(layered, workload, path, list(held.values()))
+    return layered
+
+
+def complete(layered: Layered, workload: Workload, path: Path, tensors: Sequence[Tensor]) -> None:
+    """Give the model's `tensors`, which are on "meta", what the file has of them. Raises as `load`."""
+    names = {id(tensor): name for name, tensor in named(layered.root)}
     try:
         with safe_open(path, framework="pt") as file:
-            for tensor in held.values():
+            for tensor in tensors:
                 fill(tensor, file.get_tensor(names[id(tensor)]))
     except (OSError, SafetensorError, ValueError) as error:
         raise OrreryError(
             f"The weights of {workload.model} can't be read from {path}: {error} Write them again for this workload."
         ) from error
-    return layered
+
+
+def frozen_digest(workload: Workload, path: Path) -> str:
+    """Of all that is not trained: names and content. `path` is what `write` made of the workload."""
+    found = named(models.build(workload, device="meta").root)
+    digest = hashlib.blake2b(digest_size=16)
+    with safe_open(path, framework="pt") as file:
+        for name in sorted(name for name, tensor in found if not tensor.requires_grad):
+            digest.update(name.encode())
+            digest.update(file.get_tensor(name).reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def named(root: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -20,24 +20,27 @@ from harness.plan import Plan
 from harness.schedules import Stage, micro_batches
 from harness.search import Layout, layer_stacks, plan_pipeline
 from harness.workload import Workload
-from systems.pac.cache import with_cache
+from systems.pac.cache import from_kept_cache, with_cache
 from systems.pac.planner import EVEN, SHARES, Profile, Split, best_split
 
 #: `micro_batch_size`: of the first epoch. `shares`: of a micro-batch's rows within a group, "even" as in the paper, or
 #: by "speed". `grouping`: devices per stage, as in "2-1-1", instead of the planner's choice. `whole_stacks`: a stage of
 #: several holds layers of the encoder or of the decoder, as in the authors' code; the paper's equations know no such
-#: rule. `cache`: epochs after the first read what the backbone makes.
+#: rule. `cache`: epochs after the first read what the backbone makes. `kept_cache`: all epochs do, from what
+#: an earlier run has left in --cache-dir; then `micro_batch_size` is theirs.
 OPTIONS: dict[str, object] = {
     "micro_batch_size": None,
     "shares": EVEN,
     "grouping": None,
     "whole_stacks": False,
     "cache": True,
+    "kept_cache": False,
 }
 
 
 def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[str, object]) -> Plan:
     """The hybrid plan of equations 2 to 6, for the micro-batch size with which it is fastest."""
+    caches = _caches(workload, costs, options["cache"], options["kept_cache"])
     shares, grouping = options["shares"], _grouping(options["grouping"], cluster)
     if shares not in SHARES:
         raise OrreryError(f"pac.shares is {shares!r}; it must be one of {', '.join(SHARES)}.")
@@ -60,17 +63,23 @@ def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[st
             )
         return stages(profile, found), lambda count: [len(found.groups) - p for p in range(len(found.groups))]
 
-    if not _caches(workload, costs, options["cache"]):
+    everybody = profile.weights(0, len(cluster.devices))
+    if options["kept_cache"]:
+        return from_kept_cache(workload, costs, cluster, everybody, options["micro_batch_size"])
+    if not caches:
         return plan_pipeline("pac", workload, costs, cluster, layout, options)
     first = plan_pipeline("pac", replace(workload, epochs=1), costs, cluster, layout, options, store=True)
-    return with_cache(first, workload, costs, cluster, profile.weights(0, len(cluster.devices)))
+    return with_cache(first, workload, costs, cluster, everybody)
 
 
-def _caches(workload: Workload, costs: Costs, asked: object) -> bool:
-    """Whether later epochs will read from the cache."""
-    if type(asked) is not bool:
-        raise OrreryError(f"pac.cache is {asked!r}; it must be true or false.")
-    if not asked or not costs.training or workload.steps is not None or workload.epochs == 1:
+def _caches(workload: Workload, costs: Costs, asked: object, kept: object) -> bool:
+    """Whether epochs will read from the cache."""
+    for name, value in (("cache", asked), ("kept_cache", kept)):
+        if type(value) is not bool:
+            raise OrreryError(f"pac.{name} is {value!r}; it must be true or false.")
+    if kept and not (asked and costs.training):
+        raise OrreryError("pac.kept_cache trains from a cache: set pac.cache to true, and choose parallel-adapters.")
+    if not kept and (not asked or not costs.training or workload.steps is not None or workload.epochs == 1):
         return False
     if workload.technique != "parallel-adapters":
         raise Unsupported(

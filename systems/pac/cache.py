@@ -6,7 +6,7 @@ From then on devices are replicas that read from the cache; the frozen weights a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -28,10 +28,44 @@ def with_cache(first: Plan, workload: Workload, costs: Costs, cluster: Cluster, 
     of the first epoch, and one group did all of it, nothing has to be handed out. Raises OutOfMemory when none fits.
     """
     later = replace(workload, epochs=workload.epochs - 1)
-    best: tuple[float, Plan] | None = None
+    sizes = micro_batch_sizes(workload.batch_size)
+    plan, size = _fastest(sizes, lambda size: _cached(first, later, costs, cluster, shares, size), costs, cluster)
+    summary = {**first.summary, "cached_micro_batch_size": size}
+    return replace(plan, phases=(*first.phases, *plan.phases), summary=summary)
+
+
+def from_kept_cache(
+    workload: Workload, costs: Costs, cluster: Cluster, shares: Sequence[float], micro_batch_size: object
+) -> Plan:
+    """The plan whose epochs all load what an earlier run has stored: no device ever has the frozen weights.
+
+    Of each batch a device needs the rows that it had then, which `micro_batch_size` and `shares` decide.
+    """
+    stage = Stage((0, len(costs.units)), cluster.names, tuple(shares))
+    clip = workload.clip_norm is not None
+    whole = Pipeline(costs, (stage,), workload.optimizer, clip=clip).tensors
+    frozen = {name: tensor for name, tensor in whole.items() if name.startswith("frozen@")}  # what weights@ are without
+    pipeline = Pipeline(costs.cached, (stage,), workload.optimizer, clip=clip)
+
+    def candidate(size: int) -> Plan:
+        tensors = {**frozen, **pipeline.tensors}
+        return Plan("pac", len(costs.units), tensors, tuple(_epochs(pipeline, workload, size)))
+
+    plan, size = _fastest(micro_batch_sizes(workload.batch_size, micro_batch_size), candidate, costs, cluster)
+    rows = [high - low for low, high in stage.rows(plan.phases[0].micro_batches[0])]
+    devices = list(cluster.names)
+    summary = {"grouping": [len(devices)], "devices": [devices], "rows": [rows], "cached_micro_batch_size": size}
+    return replace(plan, summary=summary)
+
+
+def _fastest(
+    sizes: Sequence[int], candidate: Callable[[int], Plan], costs: Costs, cluster: Cluster
+) -> tuple[Plan, int]:
+    """The plan that simulates fastest among those that fit, and its size of micro-batch. OutOfMemory when none fits."""
+    best: tuple[float, Plan, int] | None = None
     misses: list[OutOfMemory] = []
-    for size in micro_batch_sizes(workload.batch_size):
-        plan = _cached(first, later, costs, cluster, shares, size)
+    for size in sizes:
+        plan = candidate(size)
         trace = estimate(plan, costs, cluster)
         excess = overflow(trace, cluster)
         if excess is not None:
@@ -39,11 +73,10 @@ def with_cache(first: Plan, workload: Workload, costs: Costs, cluster: Cluster, 
             continue
         seconds = weighted_seconds(plan, trace)
         if best is None or seconds < best[0]:
-            summary = {**first.summary, "cached_micro_batch_size": size}
-            best = seconds, replace(plan, phases=(*first.phases, *plan.phases), summary=summary)
+            best = seconds, plan, size
     if best is None:
         raise min(misses, key=lambda miss: miss.needed_bytes - miss.available_bytes)
-    return best[1]
+    return best[1], best[2]
 
 
 def _cached(first: Plan, later: Workload, costs: Costs, cluster: Cluster, shares: Sequence[float], size: int) -> Plan:
@@ -54,20 +87,23 @@ def _cached(first: Plan, later: Workload, costs: Costs, cluster: Cluster, shares
     pipeline = Pipeline(
         costs.cached, (stage,), later.optimizer, clip=later.clip_norm is not None, regions=regions, apart=apart
     )
-    if any(tensor.kind == "buffers" and name != "norm" for name, tensor in pipeline.tensors.items()):
-        raise Unsupported("buffers beside the backbone can't be handed out")
-    epochs: dict[int, Phase] = {}
-    trained: list[Phase] = []
-    for batch_size, repeat in later.batches():
-        batches = micro_batches(batch_size, size)
-        made = epochs.get(batch_size)
-        if made is None or made.repeat != repeat:
-            made = pipeline.phase(batches, [1], "cached epoch", repeat)
-            epochs[batch_size] = made
-        trained.append(made)
+    trained = list(_epochs(pipeline, later, size))
+    epochs = {phase.batch_size: phase for phase in trained}
     moved = (_hand_out_cache(phase, epochs[phase.batch_size]) for phase in first.phases)
     phases = (_hand_out_weights(first, trained[0]), *filter(None, moved), *trained)
     return replace(first, tensors={**first.tensors, **pipeline.tensors}, phases=phases)
+
+
+def _epochs(pipeline: Pipeline, workload: Workload, size: int) -> Iterator[Phase]:
+    """The workload's epochs from the cache, in micro-batches of this size."""
+    if any(tensor.kind == "buffers" and name != "norm" for name, tensor in pipeline.tensors.items()):
+        raise Unsupported("buffers beside the backbone can't be handed out")
+    made: dict[tuple[int, int], Phase] = {}
+    for batch_size, repeat in workload.batches():
+        if (batch_size, repeat) not in made:
+            batches = micro_batches(batch_size, size)
+            made[batch_size, repeat] = pipeline.phase(batches, [1], "cached epoch", repeat)
+        yield made[batch_size, repeat]
 
 
 def _hand_out_weights(first: Plan, after: Phase) -> Phase:

@@ -6,7 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,9 @@ from harness import datasets, reference
 from harness.cache import ActivationCache
 from harness.costs import Costs
 from harness.engine import DeviceReport, Execution, ModelShard, Worker, execution, programs
+from harness.engine.checkpoint import BEGINNING, Progress, epoch_ends, file_digest, path_of, restore, save
 from harness.engine.program import held_units, peers
+from harness.manifest import sample_keys
 from harness.models import shards
 from harness.plan import Plan
 from harness.schedules import Pipeline, Stage, micro_batches
@@ -70,12 +72,17 @@ def run_devices(
     data_dir: Path | None = None,
     before: Callable[[str, ModelShard], object] = lambda device, shard: None,
     pace: Sequence[Mapping[str, Mapping[int, float]]] = (),
+    state: Path | None = None,
+    done: Progress = BEGINNING,
 ) -> Trained:
     """Run the plan for real, over loopback. Raises what the first device to fail raised.
 
     `before(device, shard)` is called when the shard is loaded; `pace` as `harness.simulator.own_seconds` gives it.
+    `state` and `done` as `outcomes` takes them.
     """
-    found = outcomes(dict.fromkeys(plan.devices, plan), workload, folder, data_dir, before, pace=pace)
+    plan = replace(plan, phases=plan.phases[done.phases :])
+    plans = dict.fromkeys(plan.devices, plan)
+    found = outcomes(plans, workload, folder, data_dir, before, pace=pace, state=state, done=done)
     failed = [outcome for outcome in found.values() if outcome.error is not None]
     if failed:
         first = min(failed, key=lambda outcome: (secondary(outcome), outcome.ended_s))
@@ -99,10 +106,13 @@ def outcomes(
     before: Callable[[str, ModelShard], object] = lambda device, shard: None,
     progress: Callable[[str, int, Transport], object] = lambda device, number, transport: None,
     pace: Sequence[Mapping[str, Mapping[int, float]]] = (),
+    state: Path | None = None,
+    done: Progress = BEGINNING,
 ) -> dict[str, Outcome]:
     """Each device runs its own plan, which should be the same; `progress` is called after each iteration.
 
-    A workload's weights are written into `folder` once.
+    A workload's weights are written into `folder` once. In the folder `state` the devices write what they have after
+    every epoch, and where something is `done` they go on from there; then caches stay.
     """
     weights = folder / f"weights{hash(workload)}.safetensors"
     if not weights.exists():
@@ -117,12 +127,23 @@ def outcomes(
     def device_main(device: str) -> None:
         transport, plan = transports[device], plans[device]
         shard, report, failure, worker = None, None, None, None
-        cache = ActivationCache(folder / f"cache-{device}", workload.num_samples)
+        cache = ActivationCache(folder / f"cache-{device}", {}, sample_keys(dataset, workload.num_samples))
         try:
             mine = programs(plan, device)
             layered = shards.load(workload, weights, *held_units(plan, device))
             shard = ModelShard(layered, workload, plan, torch.device("cpu"))
+            losses, live = [], plan.phases[0].live[device]
+            if state is not None and done.epochs:
+                path = path_of(state, done.epochs, device)
+                losses = restore(path, file_digest(path), shard, live, done.trained)
+            shard.complete(weights, live)
             before(device, shard)
+            ends = {} if state is None else epoch_ends(plan, workload, done)
+
+            def phase_over(place: int, losses: Sequence[float]) -> None:
+                if state is not None and place in ends:
+                    save(path_of(state, ends[place].epochs, device), shard, plan.phases[place + 1].live[device], losses)
+
             outgoing, incoming = peers(mine)
             transport.connect({peer: addresses[peer] for peer in outgoing}, incoming, timeout_s=20)
             worker = Worker(
@@ -137,6 +158,9 @@ def outcomes(
                 progress=lambda number: progress(device, number, transport),
                 pace=[phase[device] for phase in pace],
                 cache=cache if any(program.storage for program in mine) else None,
+                begin=done,
+                losses=losses,
+                phase_over=phase_over,
             )
             worker.start()
             moving = worker.rehearse()
@@ -150,7 +174,9 @@ def outcomes(
             transport.close()
             if worker is not None:
                 worker.stop()
-            cache.clear()
+            if state is None:
+                cache.clear()
+            cache.close()
             found[device] = Outcome(shard, report, failure, time.perf_counter())
 
     threads = [threading.Thread(target=device_main, args=(device,), daemon=True) for device in plans]

@@ -105,6 +105,12 @@ def _keep_threads_waiting(channel: Channel, pulse: Pulse, digits: str) -> None:
     7 ** int(digits)
 
 
+def _save(channel: Channel, pulse: Pulse, count: str) -> None:
+    """Write states, as a worker of a plan does after each epoch."""
+    for epochs in range(1, int(count) + 1):
+        channel.send({"saved": {"epochs": epochs, "digest": f"{os.getpid()}-{epochs}"}})
+
+
 def _talk(channel: Channel, pulse: Pulse, nbytes: str) -> None:
     channel.send({"said": "x" * int(nbytes)})
 
@@ -118,6 +124,7 @@ PARTS: Mapping[str, Callable[..., None]] = {
     "barriers": _barriers,
     "compute": _keep_threads_waiting,
     "talk": _talk,
+    "save": _save,
 }
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 
 from harness.errors import OrreryError, Unsupported
 from harness.fleet import coordinator
-from harness.fleet.coordinator import Fleet, Lost
+from harness.fleet.coordinator import Fleet, Lost, Saved
 from harness.fleet.job import Job
 from tests.harness.fleet.crew import crew
 
@@ -28,14 +28,16 @@ class Crew:
     fleet: Fleet
     pids: dict[str, int]
 
-    def run(self, *parts: str, stall_s: float = STALL_S) -> list[tuple[float, ...]]:
+    def run(
+        self, *parts: str, stall_s: float = STALL_S, saved: Saved = lambda epochs, digests: None
+    ) -> list[tuple[float, ...]]:
         """Every device's part, in rank order; what they answer."""
         generation, secret = self.fleet.new_generation()
         jobs = [
             Job(device, part, {}, "", generation, secret, "127.0.0.1")
             for device, part in zip(self.fleet.supervisors, parts, strict=True)
         ]
-        return [report.losses for report in self.fleet.run(jobs, stall_s)]
+        return [report.losses for report in self.fleet.run(jobs, stall_s, saved=saved)]
 
 
 class Crews(contextlib.ExitStack):
@@ -206,3 +208,9 @@ def test_the_clock_starts_when_all_are_ready(three: Crew) -> None:
     before = time.perf_counter()
     three.fleet.run(jobs, STALL_S, begun=origins.append)
     assert before < origins[0] < time.perf_counter() - 0.1
+
+
+def test_an_epoch_counts_when_every_device_has_written_its_state(three: Crew) -> None:
+    counted: list[tuple[int, set[str]]] = []
+    three.run("save 3", "save 2", "save 4", saved=lambda epochs, digests: counted.append((epochs, set(digests))))
+    assert counted == [(1, set(three.pids)), (2, set(three.pids))]

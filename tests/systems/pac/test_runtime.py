@@ -14,6 +14,7 @@ from harness.costs import Costs
 from harness.errors import OrreryError
 from harness.experiment import one
 from harness.fleet.job import WEIGHTS, Job, _cache
+from harness.manifest import identity
 from harness.models import shards
 from harness.plan import Load, Plan, Store
 from harness.plan.graph import InvalidPlan
@@ -162,8 +163,7 @@ def test_a_plan_is_for_one_optimizer_and_begins_with_what_fills_the_cache(tmp_pa
             runner.run(one({**asked, "plan": str(path), "optimizer": optimizer}, {}))
     later = tuple(phase for phase in plan.phases if phase.cached)
     path.write_text(to_json(replace(plan, phases=later)))
-    never_stored = r"'cached epoch': device0 loads .* of row 0 of 2 batches of 4, .* have stored it there of 0"
-    with pytest.raises(OrreryError, match=never_stored):
+    with pytest.raises(OrreryError, match="begins with 'cached epoch', which reads from a cache, and no phase before"):
         runner.run(one({**asked, "plan": str(path), "epochs": 1}, {}))
 
 
@@ -188,7 +188,7 @@ def test_damaged_entries_are_made_again_from_the_weights(tmp_path: Path) -> None
     plan, costs = planned(TEXT, "1-1")
     shards.write(TEXT, tmp_path / WEIGHTS)
     data, ids = datasets.load(TEXT), [3, 11]
-    job = Job("device0", "", {}, str(tmp_path), 0, "", "")
+    job = Job("device0", "", {}, str(tmp_path), 0, "", "", identity=identity(TEXT, tmp_path / WEIGHTS))
     cache = _cache(job, plan, TEXT, data)
     try:
         for name in costs.cacheable:
