@@ -286,8 +286,9 @@ def reproduce(
 
     records = registry.load_results("reproduce").run(names or [], out, force)
     print(show.records_table(records))
-    if agreement := registry.load_results("agreement").text(records):
-        print(f"\n{agreement}\n")
+    for tables in ("agreement", "scores"):
+        if text := registry.load_results(tables).text(records):
+            print(f"\n{text}\n")
     print(f"report: {out / 'index.html'}")
     raise typer.Exit(FAILED if any(record.status == "failed" for record in records) else 0)
 

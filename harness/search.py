@@ -48,17 +48,25 @@ def balanced_cuts(
         board = cluster.device(device)
         following, begins = [float("inf")] * (len(layers) + 1), [0] * (len(layers) + 1)
         for last in range(1, len(layers) + 1):
+            better: list[tuple[float, int]] = [(float("inf"), 0)]  # the longer the last stage, the better
             for first in range(last - 1, -1, -1):
-                if memory is not None and memory(stage, edges[first], edges[last]) > board.memory_bytes:
-                    break  # an even longer range needs more
                 if by == TIME:
                     load = sum(costs.seconds(board, edges[first], edges[last], d, rows) for d in directions)
                 else:
                     load = last - first
-                if max(slowest[first], load) < following[last]:
-                    following[last], begins[last] = max(slowest[first], load), first
-                if load > following[last]:
+                if max(slowest[first], load) < better[-1][0]:
+                    better.append((max(slowest[first], load), first))
+                if load > better[-1][0]:
                     break
+            # Longer ranges need more memory: what fits is asked of the best first, because it is slow to tell.
+            following[last], begins[last] = next(
+                (
+                    (reached, first)
+                    for reached, first in reversed(better[1:])
+                    if memory is None or memory(stage, edges[first], edges[last]) <= board.memory_bytes
+                ),
+                better[0],
+            )
         slowest = following
         cut.append(begins)
     if slowest[-1] == float("inf"):
@@ -123,19 +131,22 @@ def straight_stages(
         return float("inf") if whole and of_unit[first] != of_unit[last - 1] else 0.0
 
     def memory(stage: int, first: int, last: int) -> float:
-        standing = stage_bytes(costs, workload.optimizer, first, last, rows, in_flight[stage])
-        return shape(stage, first, last) + standing
+        return shape(stage, first, last) or stage_bytes(costs, workload.optimizer, first, last, rows, in_flight[stage])
 
     def generous(stage: int, first: int, last: int) -> float:
         """With what a pass makes on its way, as if that came on top of the most that is kept."""
-        passes = (costs.workspace(first, last, direction, rows) for direction in directions)
-        return memory(stage, first, last) + max(passes)
+        standing = memory(stage, first, last)
+        if standing > cluster.devices[stage].memory_bytes:
+            return standing
+        return standing + max(costs.workspace(first, last, direction, rows) for direction in directions)
 
-    tried = (
-        balanced_cuts(costs, cluster, cluster.names, rows, needed, str(cuts)) for needed in (generous, memory, shape)
-    )
-    found = next(filter(None, tried), None)
+    def balanced(needed: Callable[[int, int, int], float]) -> list[Range] | None:
+        return balanced_cuts(costs, cluster, cluster.names, rows, needed, str(cuts))
+
+    found = balanced(shape)
     assert found is not None
+    if any(generous(p, *units) > cluster.devices[p].memory_bytes for p, units in enumerate(found)):
+        found = balanced(generous) or balanced(memory) or found
     return [Stage(units, (device,), (1,)) for units, device in zip(found, cluster.names, strict=True)]
 
 
