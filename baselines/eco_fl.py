@@ -12,10 +12,10 @@ from harness.cluster import Cluster
 from harness.costs import Costs
 from harness.errors import OutOfMemory
 from harness.plan import Plan
-from harness.search import Layout, plan_pipeline, straight_stages
+from harness.search import TIME, Layout, plan_pipeline, straight_stages
 from harness.workload import Workload
 
-OPTIONS: dict[str, object] = {"micro_batch_size": None}
+OPTIONS: dict[str, object] = {"micro_batch_size": None, "cuts": TIME}
 
 
 def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[str, object]) -> Plan:
@@ -28,7 +28,9 @@ def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[st
             return [min(count - p, most) for p in range(count)]
 
         def layout(size: int, warmup: Callable[[int], Sequence[int]] = warmup) -> Layout:
-            return straight_stages(workload, costs, cluster, size, warmup, whole_stacks=True), warmup
+            return straight_stages(
+                workload, costs, cluster, size, warmup, whole_stacks=True, cuts=options["cuts"]
+            ), warmup
 
         try:
             return plan_pipeline("eco-fl", workload, costs, cluster, layout, options)

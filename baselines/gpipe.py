@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from harness.cluster import Cluster
 from harness.costs import Costs
 from harness.plan import Plan
-from harness.search import Layout, plan_pipeline, straight_stages
+from harness.search import TIME, Layout, plan_pipeline, straight_stages
 from harness.workload import Workload
 
-OPTIONS: dict[str, object] = {"micro_batch_size": None}
+OPTIONS: dict[str, object] = {"micro_batch_size": None, "cuts": TIME}
 
 
 def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[str, object]) -> Plan:
@@ -20,6 +20,6 @@ def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[st
         return [count] * len(cluster.devices)
 
     def layout(size: int) -> Layout:
-        return straight_stages(workload, costs, cluster, size, warmup), warmup
+        return straight_stages(workload, costs, cluster, size, warmup, cuts=options["cuts"]), warmup
 
     return plan_pipeline("gpipe", workload, costs, cluster, layout, options)

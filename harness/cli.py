@@ -304,7 +304,7 @@ def reproduce(
     folder = None if data_dir is None else Path(data_dir).expanduser()
     records = registry.load_results("reproduce").run(names or [], out, force, folder)
     print(show.records_table(records))
-    for part in ("agreement", "quality"):
+    for part in ("agreement", "scores", "quality"):
         if text := registry.load_results(part).text(records):
             print(f"\n{text}\n")
     print(f"report: {out / 'index.html'}")

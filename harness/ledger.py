@@ -10,16 +10,17 @@ import numpy as np
 from harness.plan.actions import QUEUES
 from harness.plan.graph import Graph
 from harness.plan.values import KINDS
+from harness.trace import Peak
 
 _KIND_INDEX = {kind: index for index, kind in enumerate(KINDS)}
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """Most bytes alive at once per device, most bytes of each kind, and the bytes alive after each change."""
+    """Of each device the peaks of the whole run and of each span of it, and the bytes alive after each change."""
 
-    total: Mapping[str, int]
-    by_kind: Mapping[str, Mapping[str, int]]
+    run: Mapping[str, Peak]
+    spans: Sequence[Mapping[str, Peak]]
     timeline: Mapping[str, tuple[tuple[int, int], ...]]
 
 
@@ -83,23 +84,39 @@ class Ledger:
             return [began.get(device, before) for device in range(len(self._devices))]
         return [0] * len(self._devices)
 
-    def settle(self) -> Peaks:
+    def settle(self, spans: Sequence[tuple[int, int]] = ()) -> Peaks:
+        """The peaks, and those of spans [begin, end) of time."""
         rows = np.concatenate(self._columns) if self._columns else np.zeros((0, 4), dtype=np.int64)
         rows = rows[np.argsort(rows[:, 1], kind="stable")]
         edges = np.searchsorted(rows[:, 1], np.arange(len(self._devices) + 1))
-        total: dict[str, int] = {}
-        by_kind: dict[str, dict[str, int]] = {}
+        run: dict[str, Peak] = {}
+        within: list[dict[str, Peak]] = [{} for _ in spans]
         timeline: dict[str, tuple[tuple[int, int], ...]] = {}
         for index, name in enumerate(self._devices):
             mine = rows[edges[index] : edges[index + 1]]
             times, alive = _running(mine[:, 0], mine[:, 3])
-            total[name] = int(alive.max(initial=0))
             timeline[name] = tuple(zip(times.tolist(), alive.tolist(), strict=True))
-            by_kind[name] = dict.fromkeys(KINDS, 0)
+            total = _highest(times, alive, spans)
+            kinds = {kind: [0] * (1 + len(spans)) for kind in KINDS}
             for number in np.unique(mine[:, 2]).tolist():
                 some = mine[mine[:, 2] == number]
-                by_kind[name][KINDS[number]] = int(_running(some[:, 0], some[:, 3])[1].max(initial=0))
-        return Peaks(total, by_kind, timeline)
+                kinds[KINDS[number]] = _highest(*_running(some[:, 0], some[:, 3]), spans)
+            run[name], *others = (
+                Peak(peak, {kind: peaks[place] for kind, peaks in kinds.items()}) for place, peak in enumerate(total)
+            )
+            for span, peak in zip(within, others, strict=True):
+                span[name] = peak
+        return Peaks(run, within, timeline)
+
+
+def _highest(times: np.ndarray, alive: np.ndarray, spans: Sequence[tuple[int, int]]) -> list[int]:
+    """Most bytes alive at all, then within each span: what is alive when it begins included."""
+    found = [int(alive.max(initial=0))]
+    for begin, end in spans:
+        first = max(0, int(np.searchsorted(times, begin, side="right")) - 1)
+        last = int(np.searchsorted(times, end, side="left"))
+        found.append(int(alive[first : max(last, first + 1)].max(initial=0)))
+    return found
 
 
 def _running(times: np.ndarray, deltas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -49,7 +49,16 @@ def measure(trace: Trace, workload: Workload, cluster: Cluster, epochs_before: i
         "throughput_samples_per_s": samples / total,
         "latency_s": None if workload.training else total / sum(repeat for _, repeat in workload.batches()),
         "phases": [
-            {"name": p.name, "repeat": p.repeat, "time_s": p.time_s, "comm_bytes": p.comm_bytes} for p in trace.phases
+            {
+                "name": phase.name,
+                "repeat": phase.repeat,
+                "time_s": phase.time_s,
+                "comm_bytes": phase.comm_bytes,
+                "computing_s": phase.computing_s,
+                "memory": {device: _of_device(peak.nbytes, peak.kinds) for device, peak in phase.memory.items()}
+                or None,
+            }
+            for phase in trace.phases
         ],
         "comm_bytes": trace.comm_bytes,
         "comm_time_s": max(networking),
@@ -66,13 +75,16 @@ def memory(trace: Trace) -> dict[str, Any]:
         "peak_memory_bytes": max(trace.peak_bytes[device] for device in trace.devices),
         "memory": {
             device: {
-                "peak_bytes": trace.peak_bytes[device],
-                **{f"{kind}_bytes": trace.memory_bytes[device].get(kind, 0) for kind in KINDS},
+                **_of_device(trace.peak_bytes[device], trace.memory_bytes[device]),
                 "process_peak_bytes": trace.process_peak_bytes.get(device),
             }
             for device in trace.devices
         },
     }
+
+
+def _of_device(peak_bytes: int, kinds: Mapping[str, int]) -> dict[str, int]:
+    return {"peak_bytes": peak_bytes, **{f"{kind}_bytes": kinds.get(kind, 0) for kind in KINDS}}
 
 
 def energy(trace: Trace, cluster: Cluster) -> dict[str, Any]:

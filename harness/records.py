@@ -25,15 +25,6 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class PhaseRecord(Part):
-    """One phase of the plan, over all its repeats."""
-
-    name: str
-    repeat: int
-    time_s: float
-    comm_bytes: int
-
-
 class DeviceMemory(Part):
     """Most bytes alive on one device at once, and the most of each kind. Kinds peak at different moments."""
 
@@ -46,6 +37,21 @@ class DeviceMemory(Part):
     cache_bytes: int = 0
     process_peak_bytes: int | None = Field(
         default=None, description="most memory that the device's process had, its code and libraries included"
+    )
+
+
+class PhaseRecord(Part):
+    """One phase of the plan, over all its repeats."""
+
+    name: str
+    repeat: int
+    time_s: float
+    comm_bytes: int
+    computing_s: float | None = Field(
+        default=None, description="seconds of computing, summed over devices; null where not followed phase by phase"
+    )
+    memory: dict[str, DeviceMemory] | None = Field(
+        default=None, description="of each device within the phase; null where not followed phase by phase"
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from harness.cluster import Cluster
 from harness.costs import BACKWARD, FORWARD, Costs
-from harness.errors import OrreryError, OutOfMemory, Unsupported
+from harness.errors import OrreryError, OutOfMemory, Unsupported, unknown_name
 from harness.plan import Phase, Plan
 from harness.plan.values import Range
 from harness.schedules import Pipeline, Stage, micro_batches
@@ -14,6 +14,8 @@ from harness.simulator import estimate
 from harness.trace import Trace
 from harness.workload import OPTIMIZER_STATE_COPIES, Workload
 
+#: What straight stages are balanced by: the time of a pass, or the number of layers.
+TIME, LAYERS = CUTS = ("time", "layers")
 #: The stages, and the warm-up count of each for a number of micro-batches.
 Layout = tuple[Sequence[Stage], Callable[[int], Sequence[int]]]
 
@@ -24,14 +26,16 @@ def balanced_cuts(
     devices: Sequence[str],
     rows: int,
     memory: Callable[[int, int, int], float] | None = None,
+    by: str = TIME,
 ) -> list[Range] | None:
     """Contiguous layer ranges, one per device in order, whose slowest pass is as fast as possible.
 
-    Exact: a dynamic program over (layers, devices) on the time of forward plus backward for `rows` rows. Given
-    `memory(stage, first unit, last unit)` in bytes, only stages that fit their device count; None when none do.
+    Exact: a dynamic program over (layers, devices) on the time of forward plus backward for `rows` rows; or, `by`
+    "layers", on the number of the model's own layers, as `blocks` has them. Given `memory(stage, first unit, last
+    unit)` in bytes, only stages that fit their device count; None when none do.
     Returns unit ranges. Raises Unsupported with fewer layers than devices.
     """
-    layers = costs.layers
+    layers = costs.layers if by == TIME else blocks(costs)
     if len(layers) < len(devices):
         raise Unsupported(f"{len(devices)} stages need as many layers, and the model has {len(layers)}")
     edges = [layers[0][0], *(last for _, last in layers)]
@@ -44,14 +48,25 @@ def balanced_cuts(
         board = cluster.device(device)
         following, begins = [float("inf")] * (len(layers) + 1), [0] * (len(layers) + 1)
         for last in range(1, len(layers) + 1):
+            better: list[tuple[float, int]] = [(float("inf"), 0)]  # the longer the last stage, the better
             for first in range(last - 1, -1, -1):
-                if memory is not None and memory(stage, edges[first], edges[last]) > board.memory_bytes:
-                    break  # an even longer range needs more
-                seconds = sum(costs.seconds(board, edges[first], edges[last], d, rows) for d in directions)
-                if max(slowest[first], seconds) < following[last]:
-                    following[last], begins[last] = max(slowest[first], seconds), first
-                if seconds > following[last]:
+                if by == TIME:
+                    load = sum(costs.seconds(board, edges[first], edges[last], d, rows) for d in directions)
+                else:
+                    load = last - first
+                if max(slowest[first], load) < better[-1][0]:
+                    better.append((max(slowest[first], load), first))
+                if load > better[-1][0]:
                     break
+            # Longer ranges need more memory: what fits is asked of the best first, because it is slow to tell.
+            following[last], begins[last] = next(
+                (
+                    (reached, first)
+                    for reached, first in reversed(better[1:])
+                    if memory is None or memory(stage, edges[first], edges[last]) <= board.memory_bytes
+                ),
+                better[0],
+            )
         slowest = following
         cut.append(begins)
     if slowest[-1] == float("inf"):
@@ -62,6 +77,22 @@ def balanced_cuts(
         ranges.append((edges[begins[last]], edges[last]))
         last = begins[last]
     return ranges[::-1]
+
+
+def blocks(costs: Costs) -> list[Range]:
+    """Unit ranges of the layers that a model is said to have: with the embedding in front of one, or the head after."""
+    ranges: list[Range] = []
+    first = 0
+    for begin, last in costs.layers:
+        kinds = {unit.kind for unit in costs.units[begin:last]}
+        if "embedding" in kinds:
+            continue
+        if "head" in kinds and ranges:
+            ranges[-1] = ranges[-1][0], last
+        else:
+            ranges.append((first, last))
+        first = last
+    return ranges
 
 
 def layer_stacks(costs: Costs) -> list[str]:
@@ -80,12 +111,15 @@ def straight_stages(
     rows: int,
     warmup: Callable[[int], Sequence[int]],
     whole_stacks: bool = False,
+    cuts: object = TIME,
 ) -> list[Stage]:
-    """One stage per device in rank order, balanced by time among the cuts that fit the devices' memory.
+    """One stage per device in rank order, balanced by `cuts` among the cuts that fit the devices' memory.
 
     Where no cut seems to fit, the balanced one is taken: what it lacks is for the simulator to say. With `whole_stacks`
     a stage of several has layers of the encoder or of the decoder, as far as there are stages for both.
     """
+    if cuts not in CUTS:
+        raise unknown_name("way to cut the model", str(cuts), CUTS)
     count = len(micro_batches(workload.batch_size, rows))
     in_flight = [min(ahead, count) for ahead in warmup(count)]
     stacks = layer_stacks(costs)
@@ -97,18 +131,23 @@ def straight_stages(
         return float("inf") if whole and of_unit[first] != of_unit[last - 1] else 0.0
 
     def memory(stage: int, first: int, last: int) -> float:
-        standing = stage_bytes(costs, workload.optimizer, first, last, rows, in_flight[stage])
-        return shape(stage, first, last) + standing
+        return shape(stage, first, last) or stage_bytes(costs, workload.optimizer, first, last, rows, in_flight[stage])
 
     def generous(stage: int, first: int, last: int) -> float:
         """With what a pass makes on its way, as if that came on top of the most that is kept."""
-        passes = (costs.workspace(first, last, direction, rows) for direction in directions)
-        return memory(stage, first, last) + max(passes)
+        standing = memory(stage, first, last)
+        if standing > cluster.devices[stage].memory_bytes:
+            return standing
+        return standing + max(costs.workspace(first, last, direction, rows) for direction in directions)
 
-    tried = (balanced_cuts(costs, cluster, cluster.names, rows, needed) for needed in (generous, memory, shape))
-    cuts = next(filter(None, tried), None)
-    assert cuts is not None
-    return [Stage(units, (device,), (1,)) for units, device in zip(cuts, cluster.names, strict=True)]
+    def balanced(needed: Callable[[int, int, int], float]) -> list[Range] | None:
+        return balanced_cuts(costs, cluster, cluster.names, rows, needed, str(cuts))
+
+    found = balanced(shape)
+    assert found is not None
+    if any(generous(p, *units) > cluster.devices[p].memory_bytes for p, units in enumerate(found)):
+        found = balanced(generous) or balanced(memory) or found
+    return [Stage(units, (device,), (1,)) for units, device in zip(found, cluster.names, strict=True)]
 
 
 def stage_bytes(costs: Costs, optimizer: str, first: int, last: int, rows: int, in_flight: int) -> float:

@@ -102,6 +102,7 @@ def _simulate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
     busy = [0] * len(state.queue)
     link_bytes: dict[tuple[str, str], int] = {}
     phases: list[PhaseTrace] = []
+    spans: list[tuple[int, int]] = []
     now = 0
     for number, phase in enumerate(plan.phases):
         timed = prepared.get(id(phase))
@@ -131,22 +132,24 @@ def _simulate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
                 (now - began) / PICOSECONDS,
                 sum(timed.link_bytes.values()) * phase.repeat,
                 tuple(lengths),
+                sum(timed.busy[QUEUES.index(COMPUTE) :: len(QUEUES)]) * phase.repeat / PICOSECONDS,
             )
         )
-    peaks = ledger.settle()
+        spans.append((began, now))
+    peaks = ledger.settle(spans)
     return Trace(
         mode="simulated",
         devices=devices,
         total_s=now / PICOSECONDS,
         events=_Events(kept),
-        phases=tuple(phases),
+        phases=tuple(replace(phase, memory=memory) for phase, memory in zip(phases, peaks.spans, strict=True)),
         busy_s={
             name: {queue: busy[len(QUEUES) * d + q] / PICOSECONDS for q, queue in enumerate(QUEUES)}
             for d, name in enumerate(devices)
         },
         link_bytes=link_bytes,
-        peak_bytes=peaks.total,
-        memory_bytes=peaks.by_kind,
+        peak_bytes={name: peak.nbytes for name, peak in peaks.run.items()},
+        memory_bytes={name: peak.kinds for name, peak in peaks.run.items()},
         memory_timeline={
             name: tuple((time / PICOSECONDS, nbytes) for time, nbytes in points)
             for name, points in peaks.timeline.items()

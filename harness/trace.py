@@ -32,10 +32,20 @@ class Event:
 
 
 @dataclass(frozen=True)
+class Peak:
+    """Most bytes alive at once on a device, and most bytes of each kind."""
+
+    nbytes: int
+    kinds: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class PhaseTrace:
     """One phase of the plan: when it began, how long all its repeats took, what moved.
 
-    `iteration_s`: the lengths of the iterations that were looked at one by one.
+    `iteration_s`: the lengths of the iterations that were looked at one by one. `computing_s`: seconds that compute
+    queues worked for it, of all devices. `memory[device]`: its peaks from when all earlier phases had ended to the end
+    of this one. Both only where they were followed phase by phase.
     """
 
     name: str
@@ -44,6 +54,8 @@ class PhaseTrace:
     time_s: float
     comm_bytes: int
     iteration_s: tuple[float, ...] = ()
+    computing_s: float | None = None
+    memory: Mapping[str, Peak] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import re
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -17,13 +18,18 @@ else:
     import tomli as tomllib
 
 OOM = "OOM"
+#: The artefact of what is said in the paper's text.
+CLAIMS = "claims"
+#: What a time or a count of both passes begins with where it is of one.
+PASSES = ("forward_", "backward_")
 
 
 @dataclass(frozen=True)
 class Cell:
     """One number of a paper, as it is given there: `value` is text, `OOM` included.
 
-    `provenance`: "printed", read off a "figure", or "inferred" from others. An empty field does not apply.
+    `provenance`: "printed", read off a "figure", or "inferred" from others. An empty field does not apply. A cell
+    without a value is one that the paper has not: ours for it is a prediction.
     """
 
     paper: str
@@ -71,8 +77,10 @@ class Paper:
     """`testbeds` is what the names of the testbeds that stand for the paper's cluster begin with.
 
     `analysed` are the workload fields of its analyses of a single iteration. `techniques[name in the paper]` is ours,
-    where the names differ; `cached["table2 PAC"]`, or of a technique of the paper: whether activations are.
-    `one_sample_per_device` are the artefacts whose batch has as many samples as there are devices.
+    where the names differ, and so is `systems`; `cached["table2 PAC"]`, or of a technique of the paper: whether
+    activations are. `one_sample_per_device` are the artefacts whose batch has as many samples as there are devices.
+    `options[method]`, or `options["fig9b method"]`, are those with which our runs stand for the paper's, `phases` the
+    names of what matters in them. `rates` says how its groupings are looked at where links are slower or faster.
     """
 
     name: str
@@ -83,11 +91,58 @@ class Paper:
     one_sample_per_device: tuple[str, ...]
     cached: Mapping[str, bool]
     techniques: Mapping[str, str]
+    systems: Mapping[str, str]
+    options: Mapping[str, Mapping[str, object]]
+    phases: Mapping[str, Sequence[str]]
+    rates: Mapping[str, Any]
     cells: tuple[Cell, ...]
+
+    @property
+    def artefacts(self) -> list[str]:
+        """Its tables and figures, in its order."""
+        return [name for name in dict.fromkeys(cell.artefact for cell in self.cells) if name != CLAIMS]
+
+    @cached_property
+    def predicted(self) -> tuple[Cell, ...]:
+        """The cells that its tables and figures would have for models that are in others only: without a value."""
+        seen: dict[str, set[str]] = {name: set() for name in self.artefacts}
+        for cell in self.cells:
+            if cell.artefact in seen and cell.model:
+                seen[cell.artefact].add(cell.model)
+        models = dict.fromkeys(cell.model for cell in self.cells if cell.model)
+        return tuple(
+            dict.fromkeys(
+                replace(cell, model=model, value="", provenance="", note="", source="")
+                for cell in self.cells
+                if cell.artefact in seen and cell.model
+                for model in models
+                if model not in seen[cell.artefact]
+            )
+        )
+
+    def fitted(self, cell: Cell, cells: Iterable[str]) -> bool:
+        """Whether a constant was fitted to the cell, or to a part of it: a time of both passes has that of either."""
+        fields = {field: getattr(cell, field) for field in ("artefact", "model", "dataset", "technique", "system")}
+        metrics = [f"{each}{cell.metric}" for each in ("", *PASSES)]
+        return any(
+            part.metric in metrics
+            and part.fitted(cells)
+            and all(getattr(part, field) == value for field, value in fields.items())
+            for part in self.cells
+        )
+
+    def method(self, cell: Cell) -> str:
+        """Our name of the cell's system, if we have it."""
+        return self.systems.get(cell.system, cell.system)
 
     def technique(self, cell: Cell) -> str:
         """Our name of the cell's technique, if we have it."""
         return self.techniques.get(cell.technique, cell.technique.lower())
+
+    def ran_so(self, cell: Cell, method: str, options: Mapping[str, object]) -> bool:
+        """Whether a run of our method with these options stands for the cell's."""
+        wanted = self.options.get(f"{cell.artefact} {method}", self.options.get(method, {}))
+        return all(options.get(name) == value for name, value in wanted.items())
 
     def batch_size(self, cell: Cell, num_devices: int) -> int:
         """Samples in a mini-batch of the cell's run."""
@@ -96,7 +151,7 @@ class Paper:
     def caches(self, cell: Cell) -> bool:
         """Whether later epochs of the cell's run read activations from a cache."""
         used = self.cached.get(f"{cell.artefact} {cell.system}", self.cached.get(cell.technique, False))
-        return used and cell.epochs not in ("", "1")
+        return used and cell.epochs != "1"
 
 
 def names() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median, stdev
 
 import pandas as pd
@@ -121,7 +121,8 @@ def tables(found: Sequence[Group]) -> Iterator[Table]:
         for paper in map(papers.load, papers.names()):
             compared = qualities(paper, [list(row.records) for row in group.rows])
             if compared:
-                yield beside(paper, compared[0].cell.artefact, name, compared)
+                cells = beside(paper, compared[0].cell.artefact, compared)
+                yield replace(cells, name=f"{name}-{cells.name}")
 
 
 def table(name: str, group: Group) -> Table:

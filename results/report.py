@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,9 +13,10 @@ import pandas as pd
 from harness import store
 from harness.compare import title as run_title
 from harness.records import Record
-from results import agreement, document, figures, quality, tables
-from results.comparison import compare
+from results import agreement, claims, document, figures, papers, quality, rates, scores, tables
+from results.comparison import COUNTED_BYTES, Comparison, compare
 from results.document import Block, Bullets, Folded, Heading, Text
+from results.papers import Paper
 from results.settings import Setting, settings
 from results.tables import Table
 
@@ -48,8 +49,11 @@ def _blocks(records: Sequence[Record], folder: Path) -> Iterator[Block]:
     yield Heading(1, TITLE)
     yield Text(_summary(records))
     yield Bullets(tuple(f"{setting.title}: {_summary(setting.records)}" for setting in found))
-    for setting in found:
-        yield from _setting(setting, folder)
+    compared = [compare(setting) for setting in found]
+    for setting, comparisons in zip(found, compared, strict=True):
+        yield from _setting(setting, comparisons, folder)
+    for name, cells in scores.of_papers(compared).items():
+        yield from _beside(papers.load(name), cells, found)
     yield from _agreement(found, folder)
     yield from _quality(records)
     yield from _origin([record for setting in found for record in setting.records])
@@ -61,8 +65,7 @@ def _summary(records: Sequence[Record]) -> str:
     return f"{len(records)} run{'s'[: len(records) != 1]}: {counts}."
 
 
-def _setting(setting: Setting, folder: Path) -> Iterator[Block]:
-    comparisons = compare(setting)
+def _setting(setting: Setting, comparisons: Mapping[str, Sequence[Comparison]], folder: Path) -> Iterator[Block]:
     yield Heading(2, setting.title)
     yield Text(setting.work)
     yield tables.runs(setting, comparisons)
@@ -73,14 +76,24 @@ def _setting(setting: Setting, folder: Path) -> Iterator[Block]:
     several = tables.modes(setting)
     if several is not None:
         yield several
-    if setting.paper is not None and comparisons:
-        yield Heading(3, f"Beside {setting.paper.title}")
-        yield Text(f"doi {setting.paper.doi}. Error: (ours - paper's) / paper's.")
-        for artefact, cells in sorted(comparisons.items()):
-            yield tables.beside(setting.paper, artefact, setting.name, cells)
-            for cell in cells:
-                if (cell.cell.metric, cell.cell.technique) == ("activations_gib", "Full"):
-                    yield tables.kept(setting, cell)
+
+
+def _beside(paper: Paper, comparisons: Sequence[Comparison], found: Sequence[Setting]) -> Iterator[Block]:
+    """A paper's claims, tables and figures beside ours."""
+    yield Heading(2, f"Beside {paper.title}")
+    yield Text(f"doi {paper.doi}. Error: (ours - paper's) / paper's.")
+    yield from filter(None, (scores.summary(paper, comparisons), claims.table(paper, comparisons)))
+    for artefact, cells in scores.by_artefact(comparisons).items():
+        yield tables.beside(paper, artefact, cells)
+        for cell in cells:
+            what = (cell.cell.metric, cell.cell.technique, cell.how)
+            if what == ("activations_gib", "Full", COUNTED_BYTES) and cell.cell.value:
+                yield tables.kept(found, cell)
+        if artefact == paper.rates.get("artefact"):
+            flips, points = rates.tables(paper, cells) or (None, None)
+            if flips and points:
+                yield flips
+                yield Folded(points)
 
 
 def _agreement(found: Sequence[Setting], folder: Path) -> Iterator[Block]:

@@ -100,7 +100,7 @@ def runs(setting: Setting, comparisons: Mapping[str, Sequence[Comparison]]) -> T
                 f"per epoch, {unit}": None if total is None or record.steps else total / record.epochs,
                 f"in all, {unit}": total,
                 f"spread, {unit}": record.iqr["total_time_s"] / seconds if record.iqr else None,
-                "paper, h": next((c.cell.value for c in theirs if _answers(c, record)), None),
+                "paper, h": next((c.cell.value for c in theirs if _answers(c, setting, record)), None),
                 "samples/s": record.throughput_samples_per_s,
                 "peak, MiB": record.peak_memory_bytes and record.peak_memory_bytes / MIB,
                 "energy, kJ": record.energy_j and record.energy_j / 1000,
@@ -133,8 +133,8 @@ def _network(record: Record) -> float | None:
     return record.comm_time_s / record.total_time_s
 
 
-def _answers(comparison: Comparison, record: Record) -> bool:
-    return comparison.how == record.method and same(comparison.cell.model, record.model)
+def _answers(comparison: Comparison, setting: Setting, record: Record) -> bool:
+    return comparison.how == setting.label(record) and same(comparison.cell.model, record.model)
 
 
 def note(record: Record) -> str:
@@ -155,11 +155,14 @@ def _hangs_on(record: Record) -> Iterable[str]:
         yield f"depends on usable_memory_bytes, which may be up to {memory.high / MIB:.1f} MiB"
 
 
-def beside(paper: Paper, artefact: str, name: str, comparisons: Sequence[Comparison]) -> Table:
-    """A paper's table or figure, cell by cell, beside ours. `name` is that of what is compared."""
+def beside(paper: Paper, artefact: str, comparisons: Sequence[Comparison]) -> Table:
+    """A paper's table or figure, cell by cell, beside ours."""
     frame = pd.DataFrame(
         {
             "model": c.cell.model,
+            "data set": c.cell.dataset,
+            "devices": c.cell.devices,
+            "epochs": c.cell.epochs,
             "technique": c.cell.technique,
             "system": c.cell.system,
             "quantity": c.cell.quantity,
@@ -172,12 +175,15 @@ def beside(paper: Paper, artefact: str, name: str, comparisons: Sequence[Compari
         for c in comparisons
     )
     error = mean_error(comparisons)
-    left_out = sum(c.fitted for c in comparisons)
     notes = [] if error is None else [f"Mean absolute error over {_counted(comparisons)} cells: {error:.1%}."]
-    if left_out:
+    if left_out := sum(c.fitted for c in comparisons):
         notes.append(f"{left_out} cells are marked fitted: constants were fitted to them, so no error figure has them.")
+    if otherwise := sum(not c.alike and bool(c.cell.value) for c in comparisons):
+        notes.append(f"{otherwise} are of runs otherwise than the paper's, as far as its way is known: not in it.")
+    if any(not c.cell.value for c in comparisons):
+        notes.append("Predictions are for models that the paper measured elsewhere, not here.")
     return Table(
-        f"{name}-{paper.name}-{artefact}",
+        f"{paper.name}-{artefact}",
         f"{paper.title}: {title_of(artefact)}",
         frame.drop(columns=[column for column in frame.columns if (frame[column] == "").all()]),
         {"ours": lambda value: f"{value:.4g}", "paper": str},
@@ -199,11 +205,18 @@ def title_of(artefact: str) -> str:
     return f"{'Figure' if match[1] == 'fig' else 'Table'} {match[2]}{part}"
 
 
-def kept(setting: Setting, comparison: Comparison) -> Table:
+def kept(found: Sequence[Setting], comparison: Comparison) -> Table:
     """What explains the difference in the bytes kept for the backward pass: counted, not fitted."""
     from results.dropout import kept_bytes
 
-    record = next(r for r in setting.records if same(comparison.cell.model, r.model))
+    cell = comparison.cell
+    setting, record = next(
+        (setting, record)
+        for setting in found
+        if setting.paper is not None and setting.paper.name == cell.paper
+        for record in setting.records
+        if same(cell.model, record.model) and record.technique == setting.paper.technique(cell)
+    )
     theirs = comparison.cell.number
     assert theirs is not None
     rows = [

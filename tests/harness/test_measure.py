@@ -8,7 +8,7 @@ import pytest
 
 from harness.cluster import Cluster, Device
 from harness.measure import measure, repeated
-from harness.trace import PhaseTrace, Trace
+from harness.trace import Peak, PhaseTrace, Trace
 from harness.workload import Workload
 
 
@@ -23,7 +23,7 @@ def trace(total_s: float = 10.0) -> Trace:
         devices=("d0", "d1"),
         total_s=total_s,
         events=(),
-        phases=(PhaseTrace("train", 4, 0.0, total_s, 300),),
+        phases=(PhaseTrace("train", 4, 0.0, total_s, 300, (), 12.0, {"d1": Peak(90, {"weights": 60})}),),
         busy_s={"d0": {"compute": 8.0, "nic-out": 1.0, "nic-in": 1.5}, "d1": {"compute": 4.0, "nic-out": 0.5}},
         link_bytes={("d0", "d1"): 100, ("d1", "d0"): 200},
         peak_bytes={"d0": 70, "d1": 90},
@@ -40,7 +40,10 @@ def test_training_metrics() -> None:
     assert found["throughput_samples_per_s"] == 40 / 10
     assert found["device_time_per_sample_s"] == (8 + 4) / 40
     assert found["latency_s"] is None
-    assert found["phases"] == [{"name": "train", "repeat": 4, "time_s": 10.0, "comm_bytes": 300}]
+    (phase,) = found["phases"]
+    peaks = phase.pop("memory")["d1"]
+    assert phase == {"name": "train", "repeat": 4, "time_s": 10.0, "comm_bytes": 300, "computing_s": 12.0}
+    assert (peaks["peak_bytes"], peaks["weights_bytes"], peaks["activations_bytes"]) == (90, 60, 0)
     assert found["comm_bytes"] == 300
     assert found["comm_time_s"] == 1.5
     assert found["compute_time_s"] == 8.0

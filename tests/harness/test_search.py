@@ -9,16 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baselines import eddl, gpipe, pipedream_1f1b, standalone
+from baselines import eco_fl, eddl, gpipe, pipedream_1f1b, standalone
+from harness import profile
 from harness.costs import BACKWARD, FORWARD
 from harness.errors import OrreryError, OutOfMemory, Unsupported
 from harness.plan import Collective, Combine, Free, Step, Tensor, Value
 from harness.plan.serial import to_json
 from harness.plan.validate import validate
 from harness.schedules import micro_batches, one_f_one_b, split
-from harness.search import balanced_cuts, overflow
+from harness.search import LAYERS, balanced_cuts, overflow
 from harness.simulator import simulate
 from harness.workload import Workload
+from testbeds import library
 from tests.harness.toys import chain, cluster
 
 WORKLOAD = Workload("toy", "toy", num_samples=32, batch_size=16)
@@ -51,6 +53,41 @@ def test_balanced_cuts_equal_brute_force(work, speeds):
     inner = itertools.combinations(range(1, len(work)), len(speeds) - 1)
     best = min(slowest([0, *middle, len(work)]) for middle in inner)
     assert slowest([0, *(b for _, b in cuts)]) == pytest.approx(best)
+
+
+@given(st.integers(2, 9), st.integers(1, 4), st.booleans(), st.booleans())
+def test_cuts_by_layers_count_neither_embedding_nor_head(layers, devices, embedded, headed):
+    """The stage of most layers has as few as can be; the embedding goes with the first of them, the head with the last.
+
+    By time the slow embedding would be a stage of its own.
+    """
+    costs = chain(layers + embedded + headed)
+    kinds = ["embedding"] * embedded + ["mlp"] * layers + ["head"] * headed
+    units = [dataclasses.replace(unit, kind=kind) for unit, kind in zip(costs.units, kinds, strict=True)]
+    if embedded:
+        slow = units[0].forward._replace(matmul=units[0].forward.matmul._replace(per_row=1e12))
+        units[0] = dataclasses.replace(units[0], forward=slow)
+    costs, testbed = dataclasses.replace(costs, units=tuple(units)), cluster(devices)
+    if layers < devices:
+        with pytest.raises(Unsupported, match=f"the model has {layers}"):
+            balanced_cuts(costs, testbed, testbed.names, 1, by=LAYERS)
+        return
+    cuts = balanced_cuts(costs, testbed, testbed.names, 1, by=LAYERS)
+    assert [first for first, _ in cuts] == [0, *(last for _, last in cuts[:-1])] and cuts[-1][1] == len(units)
+    counts = [kinds[first:last].count("mlp") for first, last in cuts]
+    assert min(counts) >= 1 and max(counts) == -(-layers // devices)
+
+
+@pytest.mark.parametrize("method", [gpipe, eco_fl])
+def test_equally_many_layers_of_an_encoder_and_a_decoder(method):
+    """T5-Base on eight devices: three layers each, an embedding with the first of either stack, the head at the end."""
+    workload = Workload("t5-base", "mrpc", num_samples=32, batch_size=16, technique="parallel-adapters")
+    costs, nanos = profile.count(workload, "gpu"), library.load("pac-nano-8").cluster
+    plan = method.plan(workload, costs, nanos, {**method.OPTIONS, "cuts": "layers", "micro_batch_size": 16})
+    starts = [first for first, _ in plan.summary["layer_cuts"]]
+    assert starts == [0, 4, 7, 10, 13, 17, 20, 23] and plan.summary["layer_cuts"][-1][1] == len(costs.layers)
+    with pytest.raises(OrreryError, match="no way to cut the model called 'layer'"):
+        method.plan(workload, costs, nanos, {**method.OPTIONS, "cuts": "layer"})
 
 
 @given(st.integers(0, 100), st.lists(st.floats(0.01, 10), min_size=1, max_size=9))

@@ -261,7 +261,27 @@ def test_a_smaller_last_batch_is_a_phase_of_its_own():
     pipeline = Pipeline(chain(1), (Stage((0, 1), ("device0",), (1,)),))
     full, rest = (pipeline.phase(micro_batches(rows, 4), [1]) for rows in (4, 3))
     plan = Plan("test", 1, pipeline.tensors, (dataclasses.replace(full, repeat=5), rest))
-    assert simulate(plan, pipeline.costs, cluster(1)).total_s == pytest.approx(3.0 * (5 * 4 + 3))
+    trace = simulate(plan, pipeline.costs, cluster(1))
+    assert trace.total_s == pytest.approx(3.0 * (5 * 4 + 3))
+    assert [phase.computing_s for phase in trace.phases] == pytest.approx([3.0 * 5 * 4, 3.0 * 3])
+    of_four, of_three = (phase.memory["device0"].kinds for phase in trace.phases)
+    assert of_four["activations"] - of_three["activations"] == SAVED, "what a row keeps"
+    assert of_four["weights"] == of_three["weights"] > 0
+
+
+@given(pipelines(), st.integers(1, 4))
+def test_phases_share_out_time_computing_and_peaks(plan, repeat):
+    """What a run computes is the sum over its phases, and what it holds at most one of them holds."""
+    costs = chain(plan.num_units, tied=bool(plan.phases[0].tied))
+    phases = tuple(dataclasses.replace(plan.phases[0], repeat=repeat + extra) for extra in range(3))
+    trace = simulate(dataclasses.replace(plan, phases=phases), costs, cluster(len(plan.devices), latency_s=1e-4))
+    assert sum(phase.time_s for phase in trace.phases) == pytest.approx(trace.total_s)
+    computing = sum(queues["compute"] for queues in trace.busy_s.values())
+    assert sum(phase.computing_s for phase in trace.phases) == pytest.approx(computing)
+    for device in trace.devices:
+        assert max(phase.memory[device].nbytes for phase in trace.phases) == trace.peak_bytes[device]
+        for kind, nbytes in trace.memory_bytes[device].items():
+            assert max(phase.memory[device].kinds[kind] for phase in trace.phases) == nbytes
 
 
 def inference(num_stages: int, count: int, repeat: int) -> tuple[Plan, Costs]:

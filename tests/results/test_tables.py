@@ -86,14 +86,14 @@ def test_the_papers_hours_stand_beside_ours(by_testbed: dict[str, Setting]) -> N
     assert "in all, h" in table.frame
 
 
-def test_fitted_cells_are_marked_and_not_in_the_mean(by_testbed: dict[str, Setting]) -> None:
+def test_fitted_cells_are_marked_and_not_in_the_mean() -> None:
     paper = load("pac")
     cells = [c for c in paper.cells if c.artefact == "fig8a" and c.technique == "Full"][:2]
     comparisons = [
         Comparison(replace(cells[0], value="1"), 3.0, "one board", fitted=True),
         Comparison(replace(cells[1], value="1"), 1.1, "one board"),
     ]
-    table = tables.beside(paper, "fig8a", by_testbed["pac-nano-4"].name, comparisons)
+    table = tables.beside(paper, "fig8a", comparisons)
     assert table.frame["error"].tolist() == ["(+200.0%) fitted", "+10.0%"]
     assert table.notes[0] == "Mean absolute error over 1 cells: 10.0%."
     assert table.title.endswith("Figure 8(a)")
