@@ -282,12 +282,12 @@ def reproduce(
     out: Out = DEFAULT_OUT,
 ) -> None:
     """Run the experiments behind the tables and figures, and report them beside the papers."""
-    from harness import registry, show
+    from harness import registry
 
-    records = registry.load_results("reproduce").run(names or [], out, force)
-    print(show.records_table(records))
-    if agreement := registry.load_results("agreement").text(records):
-        print(f"\n{agreement}\n")
+    reproduction = registry.load_results("reproduce")
+    records = reproduction.run(names or [], out, force)
+    for text in reproduction.texts(names or [], records, out):
+        print(f"{text}\n")
     print(f"report: {out / 'index.html'}")
     raise typer.Exit(FAILED if any(record.status == "failed" for record in records) else 0)
 

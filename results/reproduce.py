@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from harness.runner import sweep
 from testbeds import library
 
 ALL = "all"
+#: The experiment that needs no run.
+VALIDATION = "validation"
 
 
 def experiments() -> list[tuple[str, str]]:
@@ -59,8 +61,20 @@ def run(names: Sequence[str], out: Path, force: bool = False) -> list[Record]:
         for outcome in sweep(asked, out, force):
             records.append(outcome.record)
             ended(f"{outcome.request}: {show.ending(outcome.record)}{' (done before)' if outcome.skipped else ''}")
+    if VALIDATION in _chosen(names):
+        load_results("validation").write(out)
     load_results("report").write(out)
     return records
+
+
+def texts(names: Sequence[str], records: Sequence[Record], out: Path) -> Iterator[str]:
+    """What a terminal shows of what was asked for, part by part."""
+    if records:
+        yield show.records_table(records)
+    if agreement := load_results("agreement").text(records):
+        yield agreement
+    if VALIDATION in _chosen(names):
+        yield load_results("validation").text(out)
 
 
 def _chosen(names: Sequence[str]) -> list[str]:
@@ -76,7 +90,7 @@ def _chosen(names: Sequence[str]) -> list[str]:
 
 
 def _runs(name: str) -> list[Request]:
-    return read(_folder() / f"{name}.toml")
+    return [] if name == VALIDATION else read(_folder() / f"{name}.toml")
 
 
 def _shaped_testbeds(name: str) -> list[str]:
