@@ -299,14 +299,13 @@ def reproduce(
     out: Out = DEFAULT_OUT,
 ) -> None:
     """Run the experiments behind the tables and figures, and report them beside the papers."""
-    from harness import registry, show
+    from harness import registry
 
+    reproduction = registry.load_results("reproduce")
     folder = None if data_dir is None else Path(data_dir).expanduser()
-    records = registry.load_results("reproduce").run(names or [], out, force, folder)
-    print(show.records_table(records))
-    for part in ("agreement", "scores", "quality"):
-        if text := registry.load_results(part).text(records):
-            print(f"\n{text}\n")
+    records = reproduction.run(names or [], out, force, folder)
+    for text in reproduction.texts(names or [], records, out):
+        print(f"{text}\n")
     print(f"report: {out / 'index.html'}")
     raise typer.Exit(FAILED if any(record.status == "failed" for record in records) else 0)
 

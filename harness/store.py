@@ -126,6 +126,11 @@ def finished(out: Path, config_hash: str) -> Record | None:
     return record if record.status in FINISHED and record.provenance.code_digest == code_digest() else None
 
 
+def holds_records(out: Path) -> bool:
+    """Whether any run has left its record in the folder."""
+    return any((out / "runs").glob("*.json"))
+
+
 def load_all(out: Path) -> list[Record]:
     """Every record of a results folder, in an order that depends on nothing but what was asked."""
     paths = _paths(out)

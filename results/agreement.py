@@ -10,7 +10,6 @@ from statistics import median
 
 import pandas as pd
 
-from harness import show
 from harness.records import Record
 from results.settings import Setting, settings
 from results.tables import Table, percent, significant
@@ -104,11 +103,7 @@ def text(records: Sequence[Record]) -> str:
     found = pairs(settings(records))
     if not any(pair.ok for pair in found):
         return ""
-    parts = [
-        "\n".join((table.title, show.columns(list(table.frame.columns), table.cells()), *table.notes))
-        for table in (cells(found), summary(found))
-    ]
-    return "\n\n".join(parts)
+    return "\n\n".join(table.text() for table in (cells(found), summary(found)))
 
 
 def cells(found: Sequence[Pair]) -> Table:

@@ -155,7 +155,7 @@ class Paper:
 
 
 def names() -> list[str]:
-    return sorted(path.stem for path in _folder().glob("*.csv"))
+    return sorted(path.stem for path in _folder().glob("*.toml"))
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The report of a results folder: report.md and index.html, from its records alone. Same records, same bytes."""
+"""The report of a results folder: report.md and index.html, from what lies there alone. Same records, same bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pandas as pd
 from harness import store
 from harness.compare import title as run_title
 from harness.records import Record
-from results import agreement, claims, document, figures, papers, quality, rates, scores, tables
+from results import agreement, claims, document, figures, papers, quality, rates, scores, tables, validation
 from results.comparison import COUNTED_BYTES, Comparison, compare
 from results.document import Block, Bullets, Folded, Heading, Text
 from results.papers import Paper
@@ -26,10 +26,14 @@ TITLE = "Orrery: report"
 def write(folder: Path) -> Path:
     """Write runs.csv, runs.parquet, tables/, figures/, report.md and index.html into the results folder.
 
-    Returns the path of the page. Raises OrreryError where the folder has no records or can't be written.
+    Returns the path of the page. Raises OrreryError where the folder has no results or can't be written.
     """
-    store.table(folder)
-    blocks = list(_blocks(store.load_all(folder), folder))
+    validated = list(_validation(folder))
+    recorded: list[Block] = []
+    if store.holds_records(folder) or not validated:
+        store.table(folder)
+        recorded = list(_blocks(store.load_all(folder), folder))
+    blocks = [Heading(1, TITLE), *recorded, *validated]
     for block in blocks:
         table = block.table if isinstance(block, Folded) else block
         if isinstance(table, Table):
@@ -46,7 +50,6 @@ def _write(path: Path, text: str) -> None:
 
 def _blocks(records: Sequence[Record], folder: Path) -> Iterator[Block]:
     found = settings(records)
-    yield Heading(1, TITLE)
     yield Text(_summary(records))
     yield Bullets(tuple(f"{setting.title}: {_summary(setting.records)}" for setting in found))
     compared = [compare(setting) for setting in found]
@@ -122,6 +125,20 @@ def _quality(records: Sequence[Record]) -> Iterator[Block]:
     if found:
         yield Heading(2, "Quality of what was trained")
         yield from quality.tables(found)
+
+
+def _validation(folder: Path) -> Iterator[Block]:
+    """Nothing where nobody asked for it."""
+    predicted = validation.load(folder)
+    if predicted is None:
+        return
+    yield Heading(2, "Validation on data never fitted")
+    yield Text(
+        "What others measured on boards, predicted from what is known of other boards and other models. Training goes "
+        "through the cost model of every simulated run: FLOPs counted from the real modules, over a fraction of the "
+        "board's peak that belongs to an operator class and a direction."
+    )
+    yield from validation.tables(predicted)
 
 
 def _origin(records: Sequence[Record]) -> Iterator[Block]:

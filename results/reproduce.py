@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +17,8 @@ from harness.runner import sweep
 from testbeds import library
 
 ALL = "all"
+#: The experiment that needs no run.
+VALIDATION = "validation"
 
 
 def experiments() -> list[tuple[str, str]]:
@@ -56,8 +58,21 @@ def run(names: Sequence[str], out: Path, force: bool = False, data_dir: Path | N
         for outcome in sweep(asked, out, force):
             records.append(outcome.record)
             ended(f"{outcome.request}: {show.ending(outcome.record)}{' (done before)' if outcome.skipped else ''}")
+    if VALIDATION in _chosen(names):
+        load_results("validation").write(out)
     load_results("report").write(out)
     return records
+
+
+def texts(names: Sequence[str], records: Sequence[Record], out: Path) -> Iterator[str]:
+    """What a terminal shows of what was asked for, part by part."""
+    if records:
+        yield show.records_table(records)
+    for part in ("agreement", "scores", "quality"):
+        if text := load_results(part).text(records):
+            yield text
+    if VALIDATION in _chosen(names):
+        yield load_results("validation").text(out)
 
 
 def _chosen(names: Sequence[str]) -> list[str]:
@@ -73,7 +88,7 @@ def _chosen(names: Sequence[str]) -> list[str]:
 
 
 def _runs(name: str) -> list[Request]:
-    return read(_folder() / f"{name}.toml")
+    return [] if name == VALIDATION else read(_folder() / f"{name}.toml")
 
 
 def _needs(name: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
+from harness import show
 from harness.records import Record
 from results import again
 from results.comparison import GIB, Comparison, mean_error
@@ -48,6 +49,10 @@ class Table:
             [self._text(column, value) for column, value in zip(self.frame.columns, row, strict=True)]
             for row in self.frame.itertuples(index=False)
         ]
+
+    def text(self) -> str:
+        """For a terminal."""
+        return "\n".join((self.title, show.columns(list(self.frame.columns), self.cells()), *self.notes))
 
     def numeric(self, column: str) -> bool:
         return column in self.formats

@@ -30,7 +30,8 @@ def test_experiments_are_what_lies_in_the_folder() -> None:
 @pytest.mark.parametrize("name", [name for name, _ in reproduce.experiments()])
 def test_every_experiment_can_be_asked(name: str) -> None:
     requests = reproduce.requests([name])
-    assert requests and all(request.mode in request.testbed.modes for request in requests)
+    assert bool(requests) != (name == reproduce.VALIDATION)
+    assert all(request.mode in request.testbed.modes for request in requests)
 
 
 SHAPED = {"emulated", "emulated-pac"}
@@ -57,7 +58,8 @@ def test_all_is_everything_that_shapes_nothing() -> None:
     everything = {*hashes(reproduce.requests([]))}
     for name, _ in reproduce.experiments():
         its = {*hashes(reproduce.requests([name]))}
-        assert its and (its.isdisjoint(everything) if name in SHAPED else its <= everything), name
+        assert its or name == reproduce.VALIDATION
+        assert its.isdisjoint(everything) if name in SHAPED else its <= everything, name
     assert reproduce.left_out([]) == reproduce.left_out(["pac", "all"])
     assert reproduce.left_out(["all"]) == {
         "emulated": ["emu-4-50mbit", "emu-4-200mbit"],
