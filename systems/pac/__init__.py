@@ -8,30 +8,35 @@ data parallelism, from the cache (sections 4 and 5).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from harness.cluster import Cluster
 from harness.costs import Costs
-from harness.errors import OrreryError, Unsupported
+from harness.errors import OrreryError, OutOfMemory, Unsupported
 from harness.plan import Plan
 from harness.schedules import Stage, micro_batches
-from harness.search import Layout, layer_stacks, plan_pipeline
+from harness.search import Layout, layer_stacks, plan_pipeline, weighted_seconds
+from harness.simulator import estimate
 from harness.workload import Workload
 from systems.pac.cache import with_cache
 from systems.pac.planner import EVEN, SHARES, Profile, Split, best_split
 
+EQUATIONS, SIMULATION = CHOICES = ("equations", "simulation")
 #: `micro_batch_size`: of the first epoch. `shares`: of a micro-batch's rows within a group, "even" as in the paper, or
 #: by "speed". `grouping`: devices per stage, as in "2-1-1", instead of the planner's choice. `whole_stacks`: a stage of
 #: several holds layers of the encoder or of the decoder, as in the authors' code; the paper's equations know no such
-#: rule. `cache`: epochs after the first read what the backbone makes.
+#: rule. `choose`: the number of stages by "equations" 4 to 6 as in the paper, or by "simulation" of the plans of all.
+#: `cache`: epochs after the first read what the backbone makes.
 OPTIONS: dict[str, object] = {
     "micro_batch_size": None,
     "shares": EVEN,
     "grouping": None,
     "whole_stacks": False,
+    "choose": EQUATIONS,
     "cache": True,
 }
 
@@ -41,16 +46,18 @@ def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[st
     shares, grouping = options["shares"], _grouping(options["grouping"], cluster)
     if shares not in SHARES:
         raise OrreryError(f"pac.shares is {shares!r}; it must be one of {', '.join(SHARES)}.")
+    if options["choose"] not in CHOICES:
+        raise OrreryError(f"pac.choose is {options['choose']!r}; it must be one of {', '.join(CHOICES)}.")
     together = _together(costs) if options["whole_stacks"] else None
     profile = Profile(costs, cluster, workload.optimizer, str(shares), together=together)
     boundless = Profile(
         costs, cluster, workload.optimizer, str(shares), [np.inf] * len(cluster.devices), together=together
     )
 
-    def layout(size: int) -> Layout:
+    def layout(size: int, num_stages: int | None = None) -> Layout:
         count = len(micro_batches(workload.batch_size, size))
-        found = best_split(profile, size, count, grouping=grouping) or best_split(
-            boundless, size, count, grouping=grouping
+        found = best_split(profile, size, count, grouping, num_stages) or best_split(
+            boundless, size, count, grouping, num_stages
         )
         if found is None:
             raise Unsupported(
@@ -60,10 +67,34 @@ def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[st
             )
         return stages(profile, found), lambda count: [len(found.groups) - p for p in range(len(found.groups))]
 
-    if not _caches(workload, costs, options["cache"]):
-        return plan_pipeline("pac", workload, costs, cluster, layout, options)
-    first = plan_pipeline("pac", replace(workload, epochs=1), costs, cluster, layout, options, store=True)
-    return with_cache(first, workload, costs, cluster, profile.weights(0, len(cluster.devices)))
+    cached = _caches(workload, costs, options["cache"])
+    asked = replace(workload, epochs=1) if cached else workload
+
+    def hybrid(num_stages: int | None = None) -> Plan:
+        found = partial(layout, num_stages=num_stages)
+        return plan_pipeline("pac", asked, costs, cluster, found, options, store=cached)
+
+    first = hybrid() if options["choose"] == EQUATIONS else _fastest(hybrid, costs, cluster)
+    return with_cache(first, workload, costs, cluster, profile.weights(0, len(cluster.devices))) if cached else first
+
+
+def _fastest(hybrid: Callable[[int], Plan], costs: Costs, cluster: Cluster) -> Plan:
+    """The plan that simulates fastest of those of every number of stages."""
+    plans: list[Plan] = []
+    misses: list[OutOfMemory] = []
+    reasons: list[Unsupported] = []
+    for num_stages in range(1, len(cluster.devices) + 1):
+        try:
+            plans.append(hybrid(num_stages))
+        except OutOfMemory as miss:
+            misses.append(miss)
+        except Unsupported as reason:
+            reasons.append(reason)
+    if plans:
+        return min(plans, key=lambda plan: weighted_seconds(plan, estimate(plan, costs, cluster)))
+    if misses:
+        raise min(misses, key=lambda miss: miss.needed_bytes - miss.available_bytes)
+    raise reasons[0]
 
 
 def _caches(workload: Workload, costs: Costs, asked: object) -> bool:
