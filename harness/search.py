@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 from harness.cluster import Cluster
 from harness.costs import BACKWARD, FORWARD, Costs
@@ -188,12 +189,28 @@ def plan_pipeline(
     `options["micro_batch_size"]` fixes the size. Ties go to the larger micro-batch.
     Raises OutOfMemory when none fits: the worst device of the candidate that misses least.
     """
+    sizes = micro_batch_sizes(workload.batch_size, options.get("micro_batch_size"))
+
+    def candidate(size: int) -> Plan:
+        return _plan(method, workload, costs, size, *layout(size), store)
+
+    return fastest([partial(candidate, size) for size in sizes], costs, cluster)
+
+
+def fastest(candidates: Sequence[Callable[[], Plan]], costs: Costs, cluster: Cluster) -> Plan:
+    """The plan that simulates fastest of those that fit, the first of equals.
+
+    Raises OutOfMemory when none fits, for the one that misses least; Unsupported when no candidate can be made.
+    """
     best: tuple[float, Plan] | None = None
     misses: list[OutOfMemory] = []
     reasons: list[Unsupported] = []
-    for size in micro_batch_sizes(workload.batch_size, options.get("micro_batch_size")):
+    for candidate in candidates:
         try:
-            plan = _plan(method, workload, costs, size, *layout(size), store)
+            plan = candidate()
+        except OutOfMemory as miss:
+            misses.append(miss)
+            continue
         except Unsupported as reason:
             reasons.append(reason)
             continue
@@ -204,7 +221,7 @@ def plan_pipeline(
             continue
         seconds = weighted_seconds(plan, trace)
         if best is None or seconds < best[0]:
-            best = (seconds, plan)
+            best = seconds, plan
     if best is not None:
         return best[1]
     if misses:

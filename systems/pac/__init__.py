@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -18,21 +19,24 @@ from harness.costs import Costs
 from harness.errors import OrreryError, Unsupported
 from harness.plan import Plan
 from harness.schedules import Stage, micro_batches
-from harness.search import Layout, layer_stacks, plan_pipeline
+from harness.search import Layout, fastest, layer_stacks, plan_pipeline
 from harness.workload import Workload
 from systems.pac.cache import from_kept_cache, with_cache
 from systems.pac.planner import EVEN, SHARES, Profile, Split, best_split
 
+EQUATIONS, SIMULATION = CHOICES = ("equations", "simulation")
 #: `micro_batch_size`: of the first epoch. `shares`: of a micro-batch's rows within a group, "even" as in the paper, or
 #: by "speed". `grouping`: devices per stage, as in "2-1-1", instead of the planner's choice. `whole_stacks`: a stage of
 #: several holds layers of the encoder or of the decoder, as in the authors' code; the paper's equations know no such
-#: rule. `cache`: epochs after the first read what the backbone makes. `kept_cache`: all epochs do, from what
-#: an earlier run has left in --cache-dir; then `micro_batch_size` is theirs.
+#: rule. `choose`: the number of stages by "equations" 4 to 6 as in the paper, or by "simulation" of the plans of all.
+#: `cache`: epochs after the first read what the backbone makes. `kept_cache`: all epochs do, from what an earlier run
+#: has left in --cache-dir; then `micro_batch_size` is theirs.
 OPTIONS: dict[str, object] = {
     "micro_batch_size": None,
     "shares": EVEN,
     "grouping": None,
     "whole_stacks": False,
+    "choose": EQUATIONS,
     "cache": True,
     "kept_cache": False,
 }
@@ -44,16 +48,18 @@ def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[st
     shares, grouping = options["shares"], _grouping(options["grouping"], cluster)
     if shares not in SHARES:
         raise OrreryError(f"pac.shares is {shares!r}; it must be one of {', '.join(SHARES)}.")
+    if options["choose"] not in CHOICES:
+        raise OrreryError(f"pac.choose is {options['choose']!r}; it must be one of {', '.join(CHOICES)}.")
     together = _together(costs) if options["whole_stacks"] else None
     profile = Profile(costs, cluster, workload.optimizer, str(shares), together=together)
     boundless = Profile(
         costs, cluster, workload.optimizer, str(shares), [np.inf] * len(cluster.devices), together=together
     )
 
-    def layout(size: int) -> Layout:
+    def layout(size: int, num_stages: int | None = None) -> Layout:
         count = len(micro_batches(workload.batch_size, size))
-        found = best_split(profile, size, count, grouping=grouping) or best_split(
-            boundless, size, count, grouping=grouping
+        found = best_split(profile, size, count, grouping, num_stages) or best_split(
+            boundless, size, count, grouping, num_stages
         )
         if found is None:
             raise Unsupported(
@@ -66,10 +72,17 @@ def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[st
     everybody = profile.weights(0, len(cluster.devices))
     if options["kept_cache"]:
         return from_kept_cache(workload, costs, cluster, everybody, options["micro_batch_size"])
-    if not caches:
-        return plan_pipeline("pac", workload, costs, cluster, layout, options)
-    first = plan_pipeline("pac", replace(workload, epochs=1), costs, cluster, layout, options, store=True)
-    return with_cache(first, workload, costs, cluster, everybody)
+    asked = replace(workload, epochs=1) if caches else workload
+
+    def hybrid(num_stages: int | None = None) -> Plan:
+        found = partial(layout, num_stages=num_stages)
+        return plan_pipeline("pac", asked, costs, cluster, found, options, store=caches)
+
+    if options["choose"] == EQUATIONS:
+        first = hybrid()
+    else:
+        first = fastest([partial(hybrid, count + 1) for count in range(len(cluster.devices))], costs, cluster)
+    return with_cache(first, workload, costs, cluster, everybody) if caches else first
 
 
 def _caches(workload: Workload, costs: Costs, asked: object, kept: object) -> bool:

@@ -6,18 +6,18 @@ From then on devices are replicas that read from the cache; the frozen weights a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 
 from harness.cluster import Cluster
 from harness.costs import Costs
-from harness.errors import OutOfMemory, Unsupported
+from harness.errors import Unsupported
 from harness.plan import Action, Free, Load, Phase, Plan, Recv, Send, Store, Value
 from harness.plan.values import Range
 from harness.schedules import Pipeline, Stage, micro_batches
-from harness.search import micro_batch_sizes, overflow, weighted_seconds
-from harness.simulator import estimate
+from harness.search import fastest, micro_batch_sizes
 from harness.workload import Workload
 
 
@@ -29,9 +29,9 @@ def with_cache(first: Plan, workload: Workload, costs: Costs, cluster: Cluster, 
     """
     later = replace(workload, epochs=workload.epochs - 1)
     sizes = micro_batch_sizes(workload.batch_size)
-    plan, size = _fastest(sizes, lambda size: _cached(first, later, costs, cluster, shares, size), costs, cluster)
-    summary = {**first.summary, "cached_micro_batch_size": size}
-    return replace(plan, phases=(*first.phases, *plan.phases), summary=summary)
+    candidates = [partial(_cached, first, later, costs, cluster, shares, size) for size in sizes]
+    plan = fastest(candidates, costs, cluster)
+    return replace(plan, phases=(*first.phases, *plan.phases), summary={**first.summary, **_size(plan)})
 
 
 def from_kept_cache(
@@ -51,32 +51,16 @@ def from_kept_cache(
         tensors = {**frozen, **pipeline.tensors}
         return Plan("pac", len(costs.units), tensors, tuple(_epochs(pipeline, workload, size)))
 
-    plan, size = _fastest(micro_batch_sizes(workload.batch_size, micro_batch_size), candidate, costs, cluster)
+    sizes = micro_batch_sizes(workload.batch_size, micro_batch_size)
+    plan = fastest([partial(candidate, size) for size in sizes], costs, cluster)
     rows = [high - low for low, high in stage.rows(plan.phases[0].micro_batches[0])]
     devices = list(cluster.names)
-    summary = {"grouping": [len(devices)], "devices": [devices], "rows": [rows], "cached_micro_batch_size": size}
-    return replace(plan, summary=summary)
+    return replace(plan, summary={"grouping": [len(devices)], "devices": [devices], "rows": [rows], **_size(plan)})
 
 
-def _fastest(
-    sizes: Sequence[int], candidate: Callable[[int], Plan], costs: Costs, cluster: Cluster
-) -> tuple[Plan, int]:
-    """The plan that simulates fastest among those that fit, and its size of micro-batch. OutOfMemory when none fits."""
-    best: tuple[float, Plan, int] | None = None
-    misses: list[OutOfMemory] = []
-    for size in sizes:
-        plan = candidate(size)
-        trace = estimate(plan, costs, cluster)
-        excess = overflow(trace, cluster)
-        if excess is not None:
-            misses.append(excess)
-            continue
-        seconds = weighted_seconds(plan, trace)
-        if best is None or seconds < best[0]:
-            best = seconds, plan, size
-    if best is None:
-        raise min(misses, key=lambda miss: miss.needed_bytes - miss.available_bytes)
-    return best[1], best[2]
+def _size(plan: Plan) -> dict[str, object]:
+    """For the summary: the size of micro-batch of the cached epochs."""
+    return {"cached_micro_batch_size": next(phase for phase in plan.phases if phase.cached).micro_batches[0]}
 
 
 def _cached(first: Plan, later: Workload, costs: Costs, cluster: Cluster, shares: Sequence[float], size: int) -> Plan:

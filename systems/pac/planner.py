@@ -189,13 +189,16 @@ def best_split(
     micro_batch: int,
     count: int,
     grouping: Sequence[int] | None = None,
+    num_stages: int | None = None,
 ) -> Split | None:
     """The split that equations 2 to 6 choose for `count` micro-batches of `micro_batch` rows; None where none fits.
 
-    `grouping` fixes the numbers of devices per stage.
+    `grouping` fixes the numbers of devices per stage, `num_stages` that of stages.
     """
     best: tuple[float, Split] | None = None
     for found in splits(profile, micro_batch, count, grouping):
+        if num_stages not in (None, len(found.groups)):
+            continue
         seconds = sum(phases(profile, found, micro_batch, count))
         if best is None or seconds < best[0]:
             best = seconds, found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness import profile
-from harness.costs import Affine, Costs, Work
 from harness.errors import OrreryError, OutOfMemory
 from harness.search import layer_stacks, stage_bytes
 from harness.workload import Workload
@@ -21,31 +19,9 @@ from systems import pac
 from systems.pac.planner import Profile, Split, best_split, phases, splits
 from testbeds import library
 from tests.harness.toys import chain, cluster
+from tests.systems.pac.every import every_split, uneven
 
 TINY = Workload("bert-tiny", "synthetic", num_samples=16, batch_size=8, seq_len=16, technique="parallel-adapters")
-
-
-def uneven(work: list[int], parameters: list[int]) -> Costs:
-    """A chain whose layers take `work` seconds in all and have so many parameters."""
-    costs = chain(len(work))
-    units = tuple(
-        replace(
-            unit,
-            forward=Work(matmul=Affine(0, w * 1e9)),
-            backward=Work(matmul=Affine(0, w * 2e9)),
-        )
-        for unit, w in zip(costs.units, work, strict=True)
-    )
-    weights = {name: replace(w, numel=n) for (name, w), n in zip(costs.parameters.items(), parameters, strict=True)}
-    return replace(costs, units=units, parameters=weights)
-
-
-def every_split(num_layers: int, num_devices: int) -> Iterator[Split]:
-    for count in range(1, min(num_layers, num_devices) + 1):
-        for cuts in itertools.combinations(range(1, num_layers), count - 1):
-            for edges in itertools.combinations(range(1, num_devices), count - 1):
-                layers = tuple(itertools.pairwise((0, *cuts, num_layers)))
-                yield Split(layers, tuple(b - a for a, b in itertools.pairwise((0, *edges, num_devices))))
 
 
 def slowest_stage(found: Profile, split: Split, micro_batch: int, count: int) -> float:
@@ -144,6 +120,7 @@ def test_stages_of_several_hold_the_encoder_or_the_decoder() -> None:
         ({"grouping": 3}, "pac.grouping is 3, 3 devices, and toy has 2"),
         ({"grouping": "2+2"}, "it must be the number of devices in each stage, as in '2-1-1'"),
         ({"shares": "fair"}, "pac.shares is 'fair'; it must be one of even, speed"),
+        ({"choose": "luck"}, "pac.choose is 'luck'; it must be one of equations, simulation"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, object], text: str) -> None:
