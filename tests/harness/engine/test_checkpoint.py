@@ -112,7 +112,7 @@ def test_a_cached_run_goes_on_wherever_it_was_killed(grouping: str, tmp_path: Pa
     oracle = reference.train(plan, SIDE, datasets.load(SIDE))
     assert wanted.execution.losses == pytest.approx(oracle.losses, rel=1e-5)
     state = tmp_path / "state"
-    moments, ends = range(1, sum(phase.repeat for phase in plan.phases), 2), epoch_ends(plan, SIDE)
+    moments, ends = range(1, sum(phase.repeat for phase in plan.phases) + 1, 3), epoch_ends(plan, SIDE)
     resumed = []
     for moment in moments:
 
