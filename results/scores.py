@@ -13,7 +13,7 @@ from harness import show
 from harness.records import Record
 from results import claims, papers
 from results.comparison import Comparison, compare
-from results.papers import CLAIMS, Cell, Paper
+from results.papers import CLAIMS, Paper
 from results.settings import settings
 from results.tables import Table, percent, title_of
 
@@ -21,10 +21,14 @@ Key = tuple[str, ...]
 
 
 def of_papers(compared: Iterable[Mapping[str, Sequence[Comparison]]]) -> dict[str, list[Comparison]]:
-    """By paper: the comparisons of all settings, each once, in the order of the paper's artefacts."""
-    seen: dict[str, dict[tuple[Cell, str], Comparison]] = {}
+    """By paper: the comparisons of all settings, each once, in the order of the paper's artefacts.
+
+    Runs with different options that stand for one cell alike, such as a cache that has nothing to do, are one.
+    """
+    seen: dict[str, dict[tuple[object, ...], Comparison]] = {}
     for comparison in (c for artefacts in compared for comparisons in artefacts.values() for c in comparisons):
-        seen.setdefault(comparison.cell.paper, {}).setdefault((comparison.cell, comparison.how), comparison)
+        key = (comparison.cell, comparison.ours, comparison.alike)
+        seen.setdefault(comparison.cell.paper, {}).setdefault(key, comparison)
     return {name: sorted(once.values(), key=_places(papers.load(name))) for name, once in seen.items()}
 
 
