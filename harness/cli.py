@@ -79,6 +79,7 @@ DataDir = Annotated[str | None, typer.Option("--data-dir", help="folder of the d
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME.OPTION=VALUE", help="option of a method or a technique")
 ]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="as --set METHOD.cache=false")]
 Out = Annotated[Path, typer.Option("--out", help="folder of results")]
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, nothing else")]
 DEFAULT_OUT = Path("orrery-runs")
@@ -174,6 +175,7 @@ def plan(
     attn_implementation: Attention = None,
     testbed: Testbed = None,
     options: Set = None,
+    no_cache: NoCache = False,
     picture: Annotated[Path | None, typer.Option(help="draw the first iteration: .svg, .pdf or .png")] = None,
     trace: Annotated[Path | None, typer.Option(help="Chrome trace of the simulated run")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="the plan itself, for --plan")] = False,
@@ -237,6 +239,7 @@ def run(
         str | None, typer.Option("--save-adapter", metavar="FILE", help="file for what the technique trains")
     ] = None,
     options: Set = None,
+    no_cache: NoCache = False,
     force: Annotated[bool, typer.Option("--force", help="repeat runs that are finished")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="keep state after every epoch, and go on with the state of a killed run")
@@ -335,7 +338,19 @@ def _tables(ctx: typer.Context) -> dict[str, dict[str, Any]]:
     tables: dict[str, dict[str, Any]] = {
         section: {key: given[key] for key in keys if given.get(key) is not None} for section, keys in KEYS.items()
     }
-    return {**tables, "options": _options(given.get("options") or ())}
+    options = _options(given.get("options") or ())
+    if given.get("no_cache"):
+        options.setdefault(_method_name(tables["run"]), {})["cache"] = False
+    return {**tables, "options": options}
+
+
+def _method_name(run: dict[str, Any]) -> str:
+    """The name that the options of the method go by; a method in a file has one, too."""
+    from harness.registry import load_method
+
+    if "method" not in run:
+        raise OrreryError("--no-cache is an option of a method, and none is named. Give --method.")
+    return load_method(run["method"]).name
 
 
 def _options(settings: Iterable[str]) -> dict[str, dict[str, object]]:

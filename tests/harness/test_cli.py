@@ -93,6 +93,19 @@ def test_clip_norm_is_a_flag_of_run_and_plan() -> None:
     assert (refused.code, "clip_norm is -1.0; it must be a number above 0" in refused.err) == (2, True)
 
 
+def test_no_cache_is_a_flag_of_run_and_plan() -> None:
+    """Of methods that have a cache; others refuse it."""
+    asked = "--model bert-tiny --technique parallel-adapters --dataset synthetic --num-samples 8 --batch-size 4"
+    asked += " --seq-len 16 --epochs 2 --testbed pac-nano-2"
+    assert "'cached epoch'" in Result(f"plan --method pac {asked}").out
+    assert "'cached epoch'" not in Result(f"plan --method pac {asked} --no-cache").out
+    record = json.loads(Result(f"run --method pac {asked} --no-cache --json").out)
+    assert record["method_options"]["cache"] is False
+    for command, message in (("--method eddl", "option of eddl"), ("", "none is named")):
+        refused = Result(f"run {command} {asked} --no-cache")
+        assert refused.code == 2 and message in refused.err
+
+
 def test_json_is_one_record_per_line_and_nothing_else(folder: Path) -> None:
     (folder / "sweep.toml").write_text(
         '[workload]\nmodel = "bert-tiny"\nsteps = 2\n'
