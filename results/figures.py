@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ def draw(setting: Setting, folder: Path) -> Iterator[Figure]:
     yield from _timelines(setting, folder)
     for record in setting.records:
         if record.losses:
-            yield _loss(setting, record, folder / f"{setting.name}-{record.method}-{record.model}-{record.mode}-loss")
+            label = re.sub(r"[^\w.=-]+", "-", setting.label(record)).strip("-")
+            yield _loss(setting, record, folder / f"{setting.name}-{label}-{record.model}-{record.mode}-loss")
 
 
 def _bars(setting: Setting, records: Sequence[Record], path: Path, memory: bool) -> Figure:

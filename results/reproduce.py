@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -50,8 +50,12 @@ def left_out(names: Sequence[str]) -> dict[str, str]:
 
 def run(names: Sequence[str], out: Path, force: bool = False, data_dir: Path | None = None) -> list[Record]:
     """Run what is named into the results folder, then write its report: tables, figures, report.md, index.html."""
-    for name, need in left_out(names).items():
-        print(f"{name} is not among all: {need}. `orrery reproduce {name}` runs it.", file=sys.stderr)
+    for need, alike in _by_need(left_out(names)).items():
+        print(
+            f"{' and '.join(alike)} {'are' if len(alike) > 1 else 'is'} not among all: {need}. "
+            f"`orrery reproduce {' '.join(alike)}` runs {'them' if len(alike) > 1 else 'it'}.",
+            file=sys.stderr,
+        )
     asked = requests(names, data_dir)
     records = []
     with show.progress(len(asked)) as ended:
@@ -91,6 +95,14 @@ def _runs(name: str) -> list[Request]:
     return [] if name == VALIDATION else read(_folder() / f"{name}.toml")
 
 
+def _by_need(needs: Mapping[str, str]) -> dict[str, list[str]]:
+    """The names that need the same."""
+    found: dict[str, list[str]] = {}
+    for name, need in needs.items():
+        found.setdefault(need, []).append(name)
+    return found
+
+
 def _needs(name: str) -> str:
     """What the experiment's real runs need beside this installation; empty where they need nothing."""
     real = [request for request in _runs(name) if request.mode != COMPUTED]
@@ -104,7 +116,9 @@ def _needs(name: str) -> str:
             f"that needs rights (`orrery doctor --testbed {shaped[0]}` tells whether they are there)"
         )
     if read:
-        needs.append(f"it trains for minutes on {', '.join(read)}, from the Hugging Face hub or from --data-dir")
+        weights = dict.fromkeys(r.workload.checkpoint for r in real if r.workload.checkpoint is not None)
+        begin = f", and begins with {', '.join(weights)}" if weights else ""
+        needs.append(f"it trains for minutes on {', '.join(read)}, read from the Hugging Face hub or --data-dir{begin}")
     return ", and ".join(needs)
 
 

@@ -34,7 +34,31 @@ def test_every_experiment_can_be_asked(name: str) -> None:
     assert all(request.mode in request.testbed.modes for request in requests)
 
 
-SHAPED = {"emulated", "emulated-pac"}
+SHAPED = {"emulated": ["emu-4-50mbit", "emu-4-200mbit"], "emulated-pac": ["emu-4-50mbit"]}
+WHAT = ("full", "added", "beside", "pruned")
+READING = {f"quality-{dataset}-{what}": dataset for dataset in ("mrpc", "stsb", "sst2") for what in WHAT}
+
+
+def test_only_what_is_read_is_read_from_the_data_folder() -> None:
+    folder = Path("somewhere")
+    reading = reproduce.requests(["quality"], folder)
+    assert {request.workload.dataset for request in reading} == {*READING.values()}
+    assert all(request.data_dir == folder and request.evaluate for request in reading)
+    assert all(request.data_dir is None for request in reproduce.requests(["quality"]))
+    assert hashes(reproduce.requests(["local", "pac"], folder)) == hashes(reproduce.requests(["local", "pac"]))
+
+
+def test_techniques_are_compared_like_for_like() -> None:
+    """One amount of training per data set, one rate per technique, on the same two processes, with the same seeds."""
+    requests = reproduce.requests(["quality"])
+    for dataset in ("mrpc", "stsb", "sst2"):
+        found = [request for request in requests if request.workload.dataset == dataset]
+        alike = {(w.num_samples, w.seq_len, w.epochs, w.batch_size) for w in (request.workload for request in found)}
+        assert len(alike) == len({request.testbed.name for request in found}) == 1
+        for technique in ("full", "adapters", "lora", "parallel-adapters"):
+            assert {r.workload.seed for r in found if r.workload.technique == technique} == {0, 1, 2}
+    rates = {(request.workload.technique, request.workload.learning_rate) for request in requests}
+    assert len(rates) == 4
 
 
 def hashes(requests: list[Request]) -> list[str]:
@@ -53,19 +77,21 @@ def test_names() -> None:
         reproduce.requests(["pac", "pacc"])
 
 
-def test_all_is_everything_that_shapes_nothing() -> None:
-    """What needs rights, and minutes, is run where it is named."""
+def test_all_is_everything_that_shapes_and_reads_nothing() -> None:
+    """What needs rights, or data and a checkpoint, is run where it is named."""
     everything = {*hashes(reproduce.requests([]))}
     for name, _ in reproduce.experiments():
         its = {*hashes(reproduce.requests([name]))}
         assert its or name == reproduce.VALIDATION
-        assert its.isdisjoint(everything) if name in SHAPED else its <= everything, name
+        left_out = name in {*SHAPED, *READING}
+        assert its.isdisjoint(everything) if left_out else its <= everything, name
     assert reproduce.left_out([]) == reproduce.left_out(["pac", "all"])
-    assert reproduce.left_out(["all"]) == {
-        "emulated": ["emu-4-50mbit", "emu-4-200mbit"],
-        "emulated-pac": ["emu-4-50mbit"],
-    }
-    assert reproduce.left_out(["emulated"]) == reproduce.left_out(["all", "emulated"]) == {}
+    needs = reproduce.left_out(["all"])
+    assert {*needs} == {*SHAPED, *READING}
+    assert all(f"it runs for minutes on {', '.join(testbeds)}, for which" in needs[n] for n, testbeds in SHAPED.items())
+    assert all(f"it trains for minutes on {dataset}, read" in needs[name] for name, dataset in READING.items())
+    assert reproduce.left_out(["emulated"]) == reproduce.left_out(["quality", "emulated"]) == {}
+    assert {*reproduce.left_out(["all", "emulated"])} == {*READING}
     assert {*hashes(reproduce.requests(["all", "emulated"]))} == everything | {
         *hashes(reproduce.requests(["emulated"]))
     }
