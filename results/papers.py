@@ -155,7 +155,8 @@ class Paper:
 
 
 def names() -> list[str]:
-    return sorted(path.stem for path in _folder().glob("*.toml"))
+    """Those with both files: cells, and what their names stand for."""
+    return sorted(path.stem for path in _folder().glob("*.csv") if path.with_suffix(".toml").exists())
 
 
 @cache
