@@ -251,11 +251,15 @@ class Costs:
         return cache[first, last]
 
     def work(self, first: int, last: int, direction: str) -> Work:
-        sums = self._work_before[direction]
-        total = sums[last].minus(sums[first])
-        for unit in self.locals_of(first, last):
-            total = total.plus(unit.work(direction))
-        return total
+        cache: dict[tuple[int, int, str], Work] = self.__dict__.setdefault("_work_cache", {})
+        key = (first, last, direction)
+        if key not in cache:
+            sums = self._work_before[direction]
+            total = sums[last].minus(sums[first])
+            for unit in self.locals_of(first, last):
+                total = total.plus(unit.work(direction))
+            cache[key] = total
+        return cache[key]
 
     @cached_property
     def _work_before(self) -> dict[str, list[Work]]:
@@ -267,6 +271,12 @@ class Costs:
 
     def saved(self, first: int, last: int) -> Affine:
         """Bytes kept between forward and backward of the range, without the tensors that enter it."""
+        cache: dict[tuple[int, int], Affine] = self.__dict__.setdefault("_saved_cache", {})
+        if (first, last) not in cache:
+            cache[first, last] = self._saved(first, last)
+        return cache[first, last]
+
+    def _saved(self, first: int, last: int) -> Affine:
         total = Affine()
         inside: set[str] = set()
         for unit in self.executed(first, last):
