@@ -23,13 +23,17 @@ Key = tuple[str, ...]
 def of_papers(compared: Iterable[Mapping[str, Sequence[Comparison]]]) -> dict[str, list[Comparison]]:
     """By paper: the comparisons of all settings, each once, in the order of the paper's artefacts.
 
-    Runs with different options that stand for one cell alike, such as a cache that has nothing to do, are one.
+    A cell is counted or run in one way once, and runs that stand for it alike with options that make no difference,
+    such as a cache that has nothing to do, are one.
     """
-    seen: dict[str, dict[tuple[object, ...], Comparison]] = {}
-    for comparison in (c for artefacts in compared for comparisons in artefacts.values() for c in comparisons):
-        key = (comparison.cell, comparison.ours, comparison.alike)
-        seen.setdefault(comparison.cell.paper, {}).setdefault(key, comparison)
-    return {name: sorted(once.values(), key=_places(papers.load(name))) for name, once in seen.items()}
+    found: dict[str, list[Comparison]] = {}
+    seen: set[tuple[object, ...]] = set()
+    for c in (c for artefacts in compared for comparisons in artefacts.values() for c in comparisons):
+        keys = {(c.cell, c.how), (c.cell, c.ours, c.alike)}
+        if not keys & seen:
+            found.setdefault(c.cell.paper, []).append(c)
+        seen |= keys
+    return {name: sorted(comparisons, key=_places(papers.load(name))) for name, comparisons in found.items()}
 
 
 def _places(paper: Paper) -> Callable[[Comparison], tuple[int, int]]:

@@ -81,5 +81,7 @@ def test_out_of_memory_and_predictions() -> None:
 def test_a_comparison_of_several_settings_counts_once() -> None:
     (one, *_), other = made(HOURS, [1.0] * 6), Comparison(HOURS[0], 2.0, "another run")
     same = replace(one, how="with an option that does nothing")
-    found = scores.of_papers([{"table2": [one, same]}, {"table2": [one, other]}])
-    assert found == {"pac": [one, other]}
+    counted = Comparison(HOURS[1], 3.0, "counted")
+    elsewhere = replace(counted, ours=3.1)
+    found = scores.of_papers([{"table2": [one, same, counted]}, {"table2": [one, other, elsewhere]}])
+    assert found == {"pac": [one, other, counted]}
