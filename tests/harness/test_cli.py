@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -66,10 +66,16 @@ def test_list_is_fast_and_brings_no_heavy_library_along() -> None:
     )
     times = []
     for _ in range(5):
-        began = time.perf_counter()
+        began = cpu_seconds_of_children()
         subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-        times.append(time.perf_counter() - began)
+        times.append(cpu_seconds_of_children() - began)
     assert min(times) < 0.5
+
+
+def cpu_seconds_of_children() -> float:
+    """Of those that have ended. Other programs on the machine make no difference, as they do to the wall clock."""
+    used = os.times()
+    return used.children_user + used.children_system
 
 
 def test_run_prints_a_table_and_writes_records_and_tables(folder: Path) -> None:
