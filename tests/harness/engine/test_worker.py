@@ -217,7 +217,7 @@ def test_a_death_is_noticed_around_a_ring(folder: Path) -> None:
 def test_a_paced_device_takes_the_time_of_the_one_that_it_plays(folder: Path) -> None:
     """Of very slow ones, so that only their times count: the simulator's, and the same training."""
     text = replace(TEXT, epochs=1)
-    costs, slow = profile.count(text), cluster(2, bandwidth=1e9, memory_bandwidth=1e10, speeds=(1.0, 0.5))
+    costs, slow = profile.count(text), cluster(2, bandwidth=1e9, memory_bandwidth=1e10, speeds=(0.2, 0.1))
     plan = gpipe.plan(text, costs, slow, {**gpipe.OPTIONS, "micro_batch_size": 4})
     paced = run_devices(plan, text, folder, pace=own_seconds(plan, costs, slow))
     simulated, trace = simulate(plan, costs, slow), paced.execution.trace
