@@ -21,8 +21,9 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -151,11 +152,12 @@ def expand(tables: Mapping[str, Any], source: str) -> list[Request]:
     """
     _check(tables, source)
     options = tables.get("options", {})
+    load_method, load_testbed = cache(registry.load_method), cache(registry.load_testbed)  # a sweep names few, often
     requests = [
         request
         for workload in workloads(tables, source)
         for values in _product(_method_last(tables.get("run", {})))
-        for request in _requests(workload, values, options)
+        for request in _requests(workload, values, options, load_method, load_testbed)
     ]
     methods = {request.method.name for request in requests}
     _every_option_used(options, methods, {request.workload.technique for request in requests}, source)
@@ -274,9 +276,15 @@ def reads_images(model: str) -> bool:
     return models.MODULE_OF.get(models.entry(model).family) == "cnn"
 
 
-def _requests(workload: Workload, run: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[Request]:
-    method = planned(Path(run["plan"])) if "plan" in run else registry.load_method(run["method"])
-    testbed = registry.load_testbed(run["testbed"])
+def _requests(
+    workload: Workload,
+    run: Mapping[str, Any],
+    options: Mapping[str, Any],
+    load_method: Callable[[str], Method],
+    load_testbed: Callable[[str], Testbed],
+) -> Iterator[Request]:
+    method = planned(Path(run["plan"])) if "plan" in run else load_method(run["method"])
+    testbed = load_testbed(run["testbed"])
     mode = run.get("mode", "simulated")
     if mode not in registry.MODES:
         raise unknown_name("mode", mode, registry.MODES)
