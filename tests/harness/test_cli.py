@@ -57,6 +57,8 @@ def test_list_check_finds_the_built_in_methods_whole() -> None:
 
 
 def test_list_is_fast_and_brings_no_heavy_library_along() -> None:
+    """Beside what importing its two libraries takes, whatever the speed of the machine."""
+    libraries = "import pydantic.types, typer.main"
     program = (
         "import sys\nfrom harness.cli import main\n"
         "sys.argv = ['orrery', 'list', 'baselines']\n"
@@ -64,12 +66,13 @@ def test_list_is_fast_and_brings_no_heavy_library_along() -> None:
         "heavy = {'torch', 'pandas', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    times = []
+    seconds: dict[str, list[float]] = {libraries: [], program: []}
     for _ in range(5):
-        began = cpu_seconds_of_children()
-        subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-        times.append(cpu_seconds_of_children() - began)
-    assert min(times) < 0.5
+        for text, seen in seconds.items():
+            began = cpu_seconds_of_children()
+            subprocess.run([sys.executable, "-c", text], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+            seen.append(cpu_seconds_of_children() - began)
+    assert min(seconds[program]) < 2.5 * min(seconds[libraries])
 
 
 def cpu_seconds_of_children() -> float:
