@@ -10,7 +10,7 @@ from torch import Tensor
 
 from harness.plan import Plan
 from harness.plan.values import KINDS
-from harness.trace import Event, PhaseTrace, Trace
+from harness.trace import Event, Peak, PhaseTrace, Trace
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,20 @@ class PhaseMemory:
     def of(self, kind: str) -> int:
         return self.standing.get(kind, 0) + (self.moving.get(kind, 0) if kind in KINDS else 0)
 
+    def as_peak(self) -> Peak:
+        return Peak(self.peak, {kind: self.of(kind) for kind in KINDS})
+
+
+def watched_phases(plan: Plan) -> list[int]:
+    """The places of the phases whose memory is watched: the first, and the first that reads from a cache."""
+    return sorted({0, *[number for number, phase in enumerate(plan.phases) if phase.cached][:1]})
+
 
 @dataclass(frozen=True)
 class DeviceReport:
     """One device of a run. `losses`: of each iteration, its rows' part of the mean over the batch.
 
-    `memory`: of the first phase, and of the first that reads from a cache. `late_s`: of a device that is paced, by how
+    `memory`: of the phases that are watched (`watched_phases`), in order. `late_s`: of a device that is paced, by how
     much its computing took longer than it was to. `recomputed`: entries of its cache that were damaged.
     """
 
@@ -84,6 +92,7 @@ def execution(plan: Plan, reports: Sequence[DeviceReport], training: bool, dilat
     reports = [_scaled(report, 1 / dilation) for report in sorted(reports, key=lambda r: plan.devices.index(r.device))]
     begin = min(report.phases[0].iterations[0][0] for report in reports)
     phases = []
+    watched = {number: place for place, number in enumerate(watched_phases(plan))}
     for number, phase in enumerate(plan.phases):
         mine = [report.phases[number] for report in reports]
         spans = list(zip(*(p.iterations for p in mine), strict=True))
@@ -94,7 +103,10 @@ def execution(plan: Plan, reports: Sequence[DeviceReport], training: bool, dilat
         else:  # requests: what lies between one and the next is no part of either
             lengths = tuple(end - start for start, end in zip(starts, ends, strict=True))
         sent = sum(p.sent_bytes for p in mine)
-        phases.append(PhaseTrace(phase.name, phase.repeat, starts[0] - begin, sum(lengths), sent, lengths))
+        memory = {r.device: r.memory[watched[number]].as_peak() for r in reports} if number in watched else {}
+        phases.append(
+            PhaseTrace(phase.name, phase.repeat, starts[0] - begin, sum(lengths), sent, lengths, memory=memory)
+        )
     moments = [replace(e, start_s=e.start_s - begin, end_s=e.end_s - begin) for r in reports for e in r.events]
     trace = Trace(
         mode="emulated",

@@ -108,6 +108,8 @@ def test_bytes_are_those_of_the_plan_and_the_backbone_is_let_go(tmp_path: Path) 
         assert cached.standing["weights"] < 0.3 * first.standing["weights"]
         assert first.peak == pytest.approx(simulated.peak_bytes[device], rel=0.05)
         assert cached.peak < first.peak
+    seen = [phase.memory[device].nbytes for phase in found.execution.trace.phases if phase.memory]
+    assert seen == [first.peak, cached.peak], "of the first phase and of the first cached one"
     weights = {name for state in found.state.values() for name in state}
     assert all(set(state) == weights for state in found.state.values()), "all devices end with all trained weights"
 
@@ -165,22 +167,6 @@ def test_a_plan_is_for_one_optimizer_and_begins_with_what_fills_the_cache(tmp_pa
     path.write_text(to_json(replace(plan, phases=later)))
     with pytest.raises(OrreryError, match="begins with 'cached epoch', which reads from a cache, and no phase before"):
         runner.run(one({**asked, "plan": str(path), "epochs": 1}, {}))
-
-
-def test_inference_has_nothing_to_verify() -> None:
-    with pytest.raises(OrreryError, match="verify compares what was trained, and the technique inference trains"):
-        one(
-            {
-                "method": "pac",
-                "model": "bert-tiny",
-                "technique": "inference",
-                "testbed": "local-2",
-                "verify": True,
-                "dataset": "synthetic",
-                "mode": "emulated",
-            },
-            {},
-        )
 
 
 def test_damaged_entries_are_made_again_from_the_weights(tmp_path: Path) -> None:
