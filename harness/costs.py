@@ -86,6 +86,17 @@ class ParameterCost:
         return self.numel * self.itemsize
 
 
+class WidthCut(NamedTuple):
+    """How the width of a unit can be cut among devices: in multiples of `granule` of its `width` channels.
+
+    All its parameters are cut with it but the `whole` ones: biases that one device adds to its part of a sum.
+    """
+
+    width: int
+    granule: int
+    whole: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class UnitCost:
     """One unit. `saved` counts what autograd keeps inside the unit; tensors that units hand to each other
@@ -94,6 +105,7 @@ class UnitCost:
     `workspace`: bytes alive at the worst moment of the pass beyond what is alive before it and, for the
     forward pass, what stays after it. The gradients of what the unit reads are in it, those of its weights are not.
     `local` units (masks, position biases) are cheap and run on every device that reads what they write.
+    `cut`: how devices can share its width; None where they can't.
     """
 
     name: str
@@ -110,6 +122,7 @@ class UnitCost:
     parameters: tuple[str, ...]
     buffers_bytes: int = 0
     local: bool = False
+    cut: WidthCut | None = None
 
     def work(self, direction: str) -> Work:
         return self.forward if direction == FORWARD else self.backward
@@ -360,17 +373,21 @@ class Costs:
     def _bytes(self, names: Iterable[str], rows: int) -> int:
         return sum(self.tensors[name].bytes(rows) for name in names)
 
-    def seconds(self, device: Device, first: int, last: int, direction: str, rows: int) -> float:
-        """Time of one pass of `rows` rows over the range on the device."""
+    def seconds(self, device: Device, first: int, last: int, direction: str, rows: int, fraction: float = 1.0) -> float:
+        """Time of one pass of `rows` rows over the range on the device; of that `fraction` of their tokens and width.
+
+        A part has its share of the FLOPs, and as many kernels as the whole.
+        """
         if rows == 0:
             return 0.0
         cache: dict[tuple[object, ...], float] = self.__dict__.setdefault("_seconds_cache", {})
-        key = (device, first, last, direction, rows)
+        key = (device, first, last, direction, rows, fraction)
         if key not in cache:
             if device.measured is not None:
-                cache[key] = self.measured_seconds(device.measured, first, last, direction, rows) / device.share
+                measured = self.measured_seconds(device.measured, first, last, direction, rows)
+                cache[key] = measured * fraction / device.share
             else:
-                cache[key] = _rated_seconds(device, self.work(first, last, direction), direction, rows)
+                cache[key] = _rated_seconds(device, self.work(first, last, direction), direction, rows, fraction)
         return cache[key]
 
     def update_seconds(self, device: Device, first: int, last: int, nbytes: int) -> float:
@@ -397,11 +414,11 @@ def _emptied(unit: UnitCost) -> UnitCost:
     return UnitCost(unit.name, unit.layer, unit.kind, (), (), Work(), Work(), nothing, (), nothing, nothing, ())
 
 
-def _rated_seconds(device: Device, work: Work, direction: str, rows: int) -> float:
-    """Kernel launches plus FLOPs over the achieved rate of each operator class."""
+def _rated_seconds(device: Device, work: Work, direction: str, rows: int, fraction: float) -> float:
+    """Kernel launches plus the fraction of the FLOPs over the achieved rate of each operator class."""
     seconds = work.kernels.at(rows) * device.kernel_overhead_s
     for operator in OPERATOR_CLASSES:
-        flops = getattr(work, operator).at(rows)
+        flops = getattr(work, operator).at(rows) * fraction
         if not flops:
             continue
         if operator not in device.rates:

@@ -22,6 +22,7 @@ from harness.ledger import Ledger
 from harness.plan.actions import COMPUTE, NIC_IN, QUEUE_OF, QUEUES, STORAGE, Combine, Compute, Load, Send, Step, Store
 from harness.plan.flow import link
 from harness.plan.graph import Graph, check_order
+from harness.plan.pieces import fraction
 from harness.plan.plan import Phase, Plan
 from harness.trace import EVENTS_KEPT, Event, PhaseTrace, Trace, kind_of, label_of, micro_batch_of
 
@@ -204,8 +205,9 @@ def _time(phase: Phase, plan: Plan, costs: Costs, cluster: Cluster) -> _Timed:
         elif isinstance(action, Compute):
             first, last = action.units
             rows = action.rows[1] - action.rows[0]
-            seconds = costs.seconds(device, first, last, action.direction, rows)
-            workspace = costs.workspace(first, last, action.direction, rows)
+            share = fraction(action, costs)
+            seconds = costs.seconds(device, first, last, action.direction, rows, share)
+            workspace = int(costs.workspace(first, last, action.direction, rows) * share)
             # Weight gradients made on the way belong to the worst moment of the pass as far as they exist by then.
             fresh = costs.workspace(first, last, action.direction, rows, True) if node in graph.makes_gradients else 0
             timed.workspace[node] = (workspace, max(0, fresh - workspace))

@@ -18,6 +18,7 @@ from harness.plan.values import Range, Value
 COMPUTE, NIC_OUT, NIC_IN, STORAGE = QUEUES = ("compute", "nic-out", "nic-in", "storage")
 COMBINATIONS = ("sum", "concat", "slice", "square-sum")
 COLLECTIVES = ("all-reduce", "reduce-scatter", "all-gather")
+SHARED_AXES = ("width", "tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class Compute:
     A forward pass writes the tensors carried to the next stage and what autograd saves. A backward pass reads
     them with the gradients of the outputs, writes the gradients of the inputs, and adds to `accumulates`, the
     weight gradients: the first addition of an iteration makes them. `weights` names the version computed with.
+    Of the rows it may be some `tokens`, and of one unit some of the `width` that its cut allows (see
+    `harness.plan.pieces`). A `replica` repeats what another device computes.
     """
 
     units: Range
@@ -37,6 +40,9 @@ class Compute:
     reads: tuple[Value, ...] = ()
     writes: tuple[Value, ...] = ()
     accumulates: tuple[Value, ...] = ()
+    tokens: Range | None = None
+    width: Range | None = None
+    replica: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,7 @@ class Recv:
 class Combine:
     """Make one value of several. `op`: "sum" (of nothing: zeros), "concat", "slice" or "square-sum".
 
+    A concatenation joins pieces along the one axis in which they differ, in order.
     A square-sum is one number: the sum of the squares of all elements of the values read.
     With `in_place` the result takes over the memory of the first value read, which is gone.
     """
@@ -116,13 +123,14 @@ class Collective:
     """A ring collective over `group`, in ring order, stored once per member and expanded by `harness.plan.collectives`.
 
     kind "all-reduce": every member's `value` (its part of a sum) becomes `result`, the whole sum, in place.
-    kind "reduce-scatter": every member's `value` (its part of a sum, whole width) is used up; member r gets `result`,
+    kind "reduce-scatter": every member's `value` (its part of a sum, whole axis) is used up; member r gets `result`,
     the whole sum of share r.
     kind "all-gather": every member r has share r as `value`, which stays, and gets `result`, the shares of all.
 
-    `shares` are the elements of each member along the width axis, 0 for a member that has none; they add up to the
-    tensor's width. Without, they are as even as possible, the larger ones first. Share r of a value is its width range,
-    empty where there is nothing. `result` is the tensor of `value`, and may be another version of it.
+    `axis`: the one that is shared, "width" or "tokens".
+    `shares` are the elements of each member along the axis, 0 for a member that has none; they add up to all that the
+    tensor has. Without, they are as even as possible, the larger ones first. Share r of a value is its range, empty
+    where there is nothing. `result` is the tensor of `value`, and may be another version of it.
     `tiles`: pieces into which a chunk is cut on its way, so that one is summed while the next one travels.
     """
 
@@ -132,6 +140,7 @@ class Collective:
     group: tuple[str, ...]
     shares: tuple[int, ...] = ()
     tiles: int = 1
+    axis: str = "width"
 
 
 Action = Compute | Send | Recv | Combine | Step | Load | Store | Free | Commit | Collective

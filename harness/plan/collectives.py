@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import accumulate, pairwise, zip_longest
 
-from harness.plan.actions import Action, Collective, Combine, Recv, Send
+from harness.plan.actions import SHARED_AXES, Action, Collective, Combine, Recv, Send
 from harness.plan.values import Range, Value
 
 
@@ -16,36 +16,39 @@ def chunks(width: int, parts: int) -> list[Range]:
     return list(pairwise(edges))
 
 
-def share_ranges(collective: Collective, width: int) -> list[Range]:
+def share_ranges(collective: Collective, extent: int) -> list[Range]:
     """The range of each member, in ring order; an empty one for a member that has nothing."""
     if not collective.shares:
-        return chunks(width, len(collective.group))
+        return chunks(extent, len(collective.group))
     return list(pairwise(accumulate(collective.shares, initial=0)))
 
 
-def broken_rule(collective: Collective, member: str, width: int) -> str:
-    """What is wrong with the collective as `member` has it, on a tensor of `width` elements; empty: nothing."""
+def broken_rule(collective: Collective, member: str, extent: int) -> str:
+    """What is wrong with the collective as `member` has it, with `extent` elements along its axis; empty: nothing."""
     group, shares, value, result = collective.group, collective.shares, collective.value, collective.result
+    if collective.axis not in SHARED_AXES:
+        return f"the axis is {collective.axis!r}; allowed is {' or '.join(SHARED_AXES)}"
     if len(set(group)) < len(group):
         twice = next(name for name in group if group.count(name) > 1)
         return f"{twice} is in the group twice"
-    if shares and (len(shares) != len(group) or min(shares) < 0 or sum(shares) != width):
+    if shares and (len(shares) != len(group) or min(shares) < 0 or sum(shares) != extent):
         return (
             f"the shares are {shares}; allowed is one of 0 or more elements for each of the {len(group)} members, "
-            f"{width} elements together, which is the width of {value.name}"
+            f"{extent} elements together, which is the {collective.axis} of {value.name}"
         )
     if collective.tiles < 1:
         return f"tiles is {collective.tiles}; allowed is 1 or more"
-    mine = share_ranges(collective, width)[group.index(member)]
+    mine = share_ranges(collective, extent)[group.index(member)]
     before, after = {"reduce-scatter": (None, mine), "all-gather": (mine, None)}.get(collective.kind, (None, None))
-    held, made = value._replace(width=before), value._replace(width=after, version=result.version)
+    axis = collective.axis
+    held, made = value.part(axis, before, value.version), value.part(axis, after, result.version)
     if (value, result) != (held, made):
         return f"{collective.kind} makes {result} of {value}, and should make {made} of {held}"
     return ""
 
 
-def expand(collective: Collective, member: str, width: int) -> Iterator[Action]:
-    """What `member` does for the collective on a tensor of `width` elements.
+def expand(collective: Collective, member: str, extent: int) -> Iterator[Action]:
+    """What `member` does for the collective on a tensor of `extent` elements along its axis.
 
     Chunk c is the share of member c. A ring reduce-scatter takes n-1 steps: in step s member r sends chunk f-s and
     receives chunk f-s-1 (mod n), to which it adds its own part; it ends with chunk f+1. A ring all-gather is the same
@@ -63,10 +66,10 @@ def expand(collective: Collective, member: str, width: int) -> Iterator[Action]:
     group, value, kind = collective.group, collective.value, collective.kind
     n, rank = len(group), group.index(member)
     right, left = group[(rank + 1) % n], group[(rank - 1) % n]
-    pieces = [_pieces(share, collective.tiles) for share in share_ranges(collective, width)]
+    pieces = [_pieces(share, collective.tiles) for share in share_ranges(collective, extent)]
 
     def piece(tile: Range, version: int) -> Value:
-        return Value(value.name, value.micro_batch, value.rows, value.tokens, tile, version)
+        return value.part(collective.axis, tile, version)
 
     first = (rank - 1) % n if kind == "reduce-scatter" else rank
     parts = n if kind == "all-gather" else 1  # how many members' parts are in what this member begins with

@@ -145,11 +145,12 @@ class _Device:
                     self.graph.loads.append(node)
 
     def _traffic(self, action: Combine) -> int:
-        """The bytes that a combination writes, a square-sum reads; none where the result is in place."""
+        """The bytes that a combination writes, a square-sum reads; none where the result is in place already."""
         if action.op not in COMBINATIONS:
             raise self.fail(action, f"{action.op!r} is none of {', '.join(COMBINATIONS)}")
         if action.op != "square-sum":
-            return 0 if action.in_place else self.builder.size(action.write)
+            moves = not action.in_place or (action.op == "sum" and len(action.reads) > 1)
+            return self.builder.size(action.write) if moves else 0
         if action.in_place or (width := self.builder.tensor(action.write).width) != 1:
             found = "the place of what it reads" if action.in_place else f"{width} elements"
             raise self.fail(action, f"a square-sum writes one number of its own, and {action.write} has {found}")
@@ -232,7 +233,8 @@ class _Device:
         if strangers := set(action.group) - set(self.builder.index):
             raise self.fail(action, f"{min(strangers)} of the group is no device of the phase")
         graph, builder, tensor = self.graph, self.builder, self.builder.tensor(action.value)
-        if broken := broken_rule(action, self.name, tensor.width):
+        extent = tensor.extent(action.axis)
+        if broken := broken_rule(action, self.name, extent):
             raise self.fail(action, broken)
         held = self._find(action.value, action)
         gathers, n = action.kind == "all-gather", len(action.group)
@@ -245,7 +247,7 @@ class _Device:
         scope: dict[Value, int] = {}
         sent = last = maker = held.maker
         tiled, turn = action.tiles > 1, 0  # the version that the sum before belongs to
-        for part in expand(action, self.name, tensor.width):
+        for part in expand(action, self.name, extent):
             if isinstance(part, Send):
                 sent = node = builder.transfer((self.index, builder.index[part.peer]), part, self)
                 graph.then[scope[part.value]].append(node)

@@ -64,14 +64,17 @@ class Graph:
         return len(self.actions)
 
 
-def check_order(graph: Graph, phase: str) -> None:
-    """Every node can run some time; else name the heads of the queues that wait for each other."""
+def check_order(graph: Graph, phase: str) -> list[int]:
+    """Every node can run some time, in the order returned; else name the heads of the queues that wait for each other.
+
+    Raises InvalidPlan.
+    """
     waits = graph.waits.copy()
     ready = [node for node, count in enumerate(waits) if count == 0]
-    done = 0
+    order: list[int] = []
     while ready:
         node = ready.pop()
-        done += 1
+        order.append(node)
         for follower in graph.then[node]:
             waits[follower] -= 1
             if not waits[follower]:
@@ -80,8 +83,8 @@ def check_order(graph: Graph, phase: str) -> None:
             waits[follower] -= 1
             if not waits[follower]:
                 ready.append(follower)
-    if done == len(graph):
-        return
+    if len(order) == len(graph):
+        return order
     stuck = [node for node, count in enumerate(waits) if count > 0]
     examples = []
     for node in stuck[:4]:

@@ -36,7 +36,7 @@ one micro-batch of two rows:
     }
 
 The other actions: send and recv (value, peer), combine (op, reads, write, in_place), load and store (value),
-commit, collective (kind, value, result, group, shares, tiles). A step that clips its gradients also has a norm.
+commit, collective (kind, value, result, group, shares, tiles, axis). A step that clips its gradients also has a norm.
 One member of three in the ring that sums up a tensor 100 wide and leaves each member its share of the sum:
 
     {"do": "collective", "kind": "reduce-scatter", "value": "h", "result": "h[w60:100].v1",
@@ -58,7 +58,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 from harness.costs import DIRECTIONS
 from harness.errors import OrreryError, unknown_name
 from harness.plain import is_plain
-from harness.plan.actions import COLLECTIVES, COMBINATIONS, Action, Collective, Combine, Compute
+from harness.plan.actions import COLLECTIVES, COMBINATIONS, SHARED_AXES, Action, Collective, Combine, Compute
 from harness.plan.plan import Phase, Plan
 from harness.plan.values import KINDS, Range, Tensor, Value
 
@@ -71,6 +71,7 @@ WORDS: dict[tuple[type, str], tuple[str, ...]] = {
     (Compute, "direction"): DIRECTIONS,
     (Combine, "op"): COMBINATIONS,
     (Collective, "kind"): COLLECTIVES,
+    (Collective, "axis"): SHARED_AXES,
 }
 LINE = 120
 
@@ -154,8 +155,8 @@ def _plain(item: Any) -> Any:
 
 
 def _plain_field(hint: Any, entry: Any) -> Any:
-    if hint == Range:
-        return f"{entry[0]}:{entry[1]}"
+    if hint in (Range, Range | None):
+        return None if entry is None else f"{entry[0]}:{entry[1]}"
     if hint == tuple[Range, ...]:
         return [f"{first}:{last}" for first, last in entry]
     return _plain(entry)
@@ -267,7 +268,7 @@ class _Reader:
             return data if isinstance(data, bool) else self.fail(place, data, "true or false")
         if hint is int:
             return self.integer(data, place)
-        if hint == Range:
+        if hint in (Range, Range | None):
             return self.range(data, place)
         if hint == Action:
             return self.action(data, place)

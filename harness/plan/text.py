@@ -1,7 +1,8 @@
 """A plan as text for people: who holds what, and each device's actions in a compact notation.
 
 `F3[0:24] r0:4` is the forward pass of rows 0 to 3 of micro-batch 3 over units 0 to 23, `B3[0:24]` its backward
-pass. Values print as `name#micro_batch[r rows t tokens w width].v version`.
+pass; `F3[5:6] r0:4 t0:71 w0:256` is one of 71 of their tokens and 256 channels of unit 5.
+Values print as `name#micro_batch[r rows t tokens w width].v version`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ def notation(plan: Plan, action: Action) -> str:
             versions = sorted({value.version for value in action.weights} - {0})
             stale = f" weights {_listed(f'v{v}' for v in versions)}" if versions else ""
             letter = action.direction[0].upper()
-            return f"{letter}{action.micro_batch}[{action.units[0]}:{action.units[1]}]{rows}{stale}"
+            parts = ((" t", action.tokens), (" w", action.width))
+            cut = "".join(f"{axis}{part[0]}:{part[1]}" for axis, part in parts if part is not None)
+            again = " again" if action.replica else ""
+            return f"{letter}{action.micro_batch}[{action.units[0]}:{action.units[1]}]{rows}{cut}{again}{stale}"
         case Send():
             return f"send {_sized(plan, action.value)} -> {action.peer}"
         case Recv():
@@ -65,7 +69,8 @@ def notation(plan: Plan, action: Action) -> str:
             result = "" if action.kind == "all-reduce" else f" -> {action.result}"
             shares = f" shares {_listed(map(str, action.shares))}" if action.shares else ""
             tiles = f" in {action.tiles} tiles" if action.tiles > 1 else ""
-            return f"{action.kind} {_sized(plan, action.value)}{result} ({_listed(action.group)}){shares}{tiles}"
+            axis = f" along {action.axis}" if action.axis != "width" else ""
+            return f"{action.kind} {_sized(plan, action.value)}{result} ({_listed(action.group)}){axis}{shares}{tiles}"
 
 
 def _lines(plan: Plan, max_actions: int) -> Iterator[str]:

@@ -5,25 +5,28 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from itertools import pairwise
+from math import prod
 
 from harness.costs import FORWARD, Costs
+from harness.plan import pieces
 from harness.plan.actions import Combine, Compute
 from harness.plan.flow import link
 from harness.plan.gradients import check_gradients
 from harness.plan.graph import InvalidPlan, check_order
 from harness.plan.plan import Phase, Plan
 from harness.plan.storage import check_storage
-from harness.plan.values import Range, Value, saved_name
+from harness.plan.sums import check_sums
+from harness.plan.values import Range, Value, joined_axis, saved_name
 
 
 def validate(plan: Plan, costs: Costs) -> dict[str, int]:
     """Check every phase; returns each device's memory high-water mark in bytes, in list order.
 
     In each phase: every value is written before it is read and freed once, sends and receives pair up, the order
-    can't deadlock; each row of every unit is computed exactly once per micro-batch, from the tensors
-    that the unit reads; each weight's gradient, when its step reads it, holds every row of every stage that uses the
-    weight exactly once. A phase begins with what the one before leaves, and loads what was stored on its device before
-    it. Raises InvalidPlan.
+    can't deadlock; each row, token and channel of every unit is computed exactly once per micro-batch, but for declared
+    replicas, from the tensors that the unit reads, which are sums of every part once; each weight's gradient, when its
+    step reads it, holds every row of every stage that uses the weight exactly once. A phase begins with what the one
+    before leaves, and loads what was stored on its device before it. Raises InvalidPlan.
     Workspace inside an action is in the simulator's ledger.
     """
     high: dict[str, int] = {}
@@ -35,10 +38,11 @@ def validate(plan: Plan, costs: Costs) -> dict[str, int]:
             continue
         checked.add(id(phase))
         graph = link(phase, plan.tensors, plan.devices)
-        check_order(graph, f"phase {phase.name!r}")
+        order = check_order(graph, f"phase {phase.name!r}")
         if phase.shards or _computes(phase):
-            _check_passes(phase, len(costs.units))
+            _check_passes(phase, costs)
             _check_flow(phase, costs.cached if phase.cached else costs)
+            check_sums(phase, graph, order, costs)
         if phase.training:
             check_gradients(phase, plan)
         for device, nbytes in zip(graph.devices, graph.high_water, strict=True):
@@ -63,9 +67,10 @@ def _check_succession(before: Phase, after: Phase) -> None:
             )
 
 
-def _check_passes(phase: Phase, num_units: int) -> None:
-    """Forward passes tile (unit x micro-batch x rows); no pass runs twice, no backward before its forward."""
-    forward: dict[int, list[tuple[Range, Range]]] = defaultdict(list)
+def _check_passes(phase: Phase, costs: Costs) -> None:
+    """Forward passes tile (unit x micro-batch x rows x tokens x width), replicas aside; no pass runs twice on a device,
+    no backward before its forward."""
+    forward: dict[int, list[Compute]] = defaultdict(list)
     for device, shard in phase.shards.items():
         if device not in phase.actions:
             raise InvalidPlan(f"phase {phase.name!r}: the shard of {device} belongs to no device of the phase")
@@ -74,25 +79,32 @@ def _check_passes(phase: Phase, num_units: int) -> None:
                 f"phase {phase.name!r}: {device}: the shard has {found} micro-batches, the phase {wanted}"
             )
     for device, actions in phase.actions.items():
-        done: set[tuple[str, Range, int, Range]] = set()
+        done: set[tuple[object, ...]] = set()
         for action in actions:
             if not isinstance(action, Compute):
                 continue
             where = f"phase {phase.name!r}: {device}: units {action.units} of micro-batch {action.micro_batch}"
             _check_shard(phase, device, action, where)
-            key = (action.units, action.micro_batch, action.rows)
+            if broken := pieces.broken_rule(action, costs):
+                raise InvalidPlan(f"{where}: {broken}")
+            key = (action.units, action.micro_batch, action.rows, action.tokens, action.width)
             if (action.direction, *key) in done:
                 raise InvalidPlan(f"{where}: computed {action.direction} twice")
             done.add((action.direction, *key))
             if action.direction == FORWARD:
-                forward[action.micro_batch].append((action.units, action.rows))
+                if not action.replica:
+                    forward[action.micro_batch].append(action)
             elif (FORWARD, *key) not in done:
                 raise InvalidPlan(f"{where}: backward without a forward before it")
     for m, rows in enumerate(phase.micro_batches):
-        edges = sorted({0, num_units, *(edge for units, _ in forward[m] for edge in units)})
+        edges = sorted({0, len(costs.units), *(edge for action in forward[m] for edge in action.units)})
         for first, last in pairwise(edges):
-            parts = [part for units, part in forward[m] if units[0] <= first and last <= units[1]]
-            _tile(parts, rows, f"phase {phase.name!r}: micro-batch {m}: units {(first, last)}: rows")
+            passes = [action for action in forward[m] if action.units[0] <= first and last <= action.units[1]]
+            where = f"phase {phase.name!r}: micro-batch {m}: units {(first, last)}"
+            if any(map(pieces.is_part, passes)):
+                _fill(passes, costs, first, rows, where)
+            else:
+                _tile((action.rows for action in passes), rows, f"{where}: rows")
 
 
 def _check_shard(phase: Phase, device: str, action: Compute, where: str) -> None:
@@ -119,32 +131,56 @@ def _tile(parts: Iterable[Range], total: int, where: str) -> None:
         raise InvalidPlan(f"{where} {min(reached, total)}:{max(reached, total)} {problem}")
 
 
+def _fill(passes: list[Compute], costs: Costs, number: int, rows: int, where: str) -> None:
+    """The passes over a unit are boxes of rows, tokens and channels, which fill all that there is without overlap."""
+    unit = costs.units[number]
+    boxes = [(action.rows, *pieces.spans(action, unit, costs)) for action in passes]
+    for index, box in enumerate(boxes):
+        for other in boxes[:index]:
+            if all(a[0] < b[1] and b[0] < a[1] for a, b in zip(box, other, strict=True)):
+                raise InvalidPlan(f"{where}: {box} and {other} of rows, tokens and width are both computed")
+    tokens, width = pieces.extents(unit, costs)
+    found = sum(prod(high - low for low, high in box) for box in boxes)
+    if found != rows * tokens * width:
+        raise InvalidPlan(f"{where}: {found} of {rows * tokens * width} elements are computed")
+
+
 def _check_flow(phase: Phase, costs: Costs) -> None:
     """Each pass reads what the model's units read of each other, for its own rows; joined pieces make a whole."""
     for device, actions in phase.actions.items():
         where = f"phase {phase.name!r}: {device}"
         for action in actions:
             if isinstance(action, Combine) and action.op == "concat" and action.write.rows is not None:
-                first, last = action.write.rows
-                parts = [value.rows or (0, 0) for value in action.reads]
-                _tile(
-                    ((low - first, high - first) for low, high in parts), last - first, f"{where}: {action.write}: rows"
-                )
-            elif isinstance(action, Compute) and (missing := _needed(action, costs) - set(action.reads)):
-                raise InvalidPlan(
-                    f"{where}: {action.direction} of units {action.units}, micro-batch {action.micro_batch}, "
-                    f"does not read {min(missing)}"
-                )
+                _check_joined(action, costs, where)
+            elif isinstance(action, Compute):
+                read = {value._replace(version=0) for value in action.reads}
+                if missing := _needed(action, costs) - read:
+                    raise InvalidPlan(
+                        f"{where}: {action.direction} of units {action.units}, micro-batch {action.micro_batch}, "
+                        f"does not read {min(missing, key=str)}"
+                    )
+
+
+def _check_joined(action: Combine, costs: Costs, where: str) -> None:
+    """The pieces of a concatenation follow each other, and make up what it writes."""
+    try:
+        axis = joined_axis(action.reads)
+    except ValueError as error:
+        raise InvalidPlan(f"{where}: {action.write}: {error}") from error
+    whole = action.write.range_of(axis)
+    if whole is None:
+        tensor = costs.tensors[action.write.name]
+        whole = 0, tensor.tokens if axis == "tokens" else tensor.width
+    first, last = whole
+    parts = [value.range_of(axis) or (0, 0) for value in action.reads]
+    _tile(((low - first, high - first) for low, high in parts), last - first, f"{where}: {action.write}: {axis}")
 
 
 def _needed(action: Compute, costs: Costs) -> set[Value]:
     """What a pass can't do without: its inputs; backward, what it saved and the gradients of what it handed on."""
-    first, last = action.units
     if action.direction == FORWARD:
-        read = {name for unit in costs.units[first:last] for name in unit.reads}
-        names = [name for name in costs.carried(first) if name in read]
-        names += [name for name in costs.loaded if name in read]
-    else:
-        flowing = (name for name in costs.carried(last) if costs.tensors[name].needs_grad)
-        names = [saved_name(first, last, bool(costs.loaded)), *(f"grad:{name}@{last}" for name in flowing)]
+        return set(pieces.inputs(action, costs))
+    first, last = action.units
+    flowing = (name for name in costs.carried(last) if costs.tensors[name].needs_grad)
+    names = [saved_name(first, last, bool(costs.loaded)), *(f"grad:{name}@{last}" for name in flowing)]
     return {Value(name, action.micro_batch, action.rows) for name in names}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 Range = tuple[int, int]
+AXES = ("rows", "tokens", "width")
 
 #: What a tensor is to the memory ledger.
 KINDS = ("weights", "gradients", "optimizer", "activations", "buffers", "cache")
@@ -38,6 +40,17 @@ class Value(NamedTuple):
             text += f"[{' '.join(ranges)}]"
         return f"{text}.v{self.version}" if self.version else text
 
+    def range_of(self, axis: str) -> Range | None:
+        """Its range on the axis "rows", "tokens" or "width"."""
+        found: Range | None = getattr(self, axis)
+        return found
+
+    def part(self, axis: str, part: Range | None, version: int) -> Value:
+        """Of another version that range on the axis "tokens" or "width"."""
+        if axis == "tokens":
+            return self._replace(tokens=part, version=version)
+        return self._replace(width=part, version=version)
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -62,6 +75,18 @@ class Tensor:
                 raise ValueError(f"{value} has rows, but the value names none")
             size *= value.rows[1] - value.rows[0]
         return size + self.fixed_bytes
+
+    def extent(self, axis: str) -> int:
+        """Elements along the axis "tokens" or "width"."""
+        return self.tokens if axis == "tokens" else self.width
+
+
+def joined_axis(pieces: Sequence[Value]) -> str:
+    """The axis along which the pieces differ, "rows" where there is nothing to tell. ValueError where there are two."""
+    differ = [axis for axis in AXES if len({piece.range_of(axis) for piece in pieces}) > 1]
+    if len(differ) > 1:
+        raise ValueError(f"the pieces differ in {' and '.join(differ)}")
+    return differ[0] if differ else AXES[0]
 
 
 def saved_name(first: int, last: int, cached: bool = False) -> str:

@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.nn import functional
 
-from harness.costs import Affine, Costs, ParameterCost, TensorCost, UnitCost, Work
+from harness.costs import Affine, Costs, ParameterCost, TensorCost, UnitCost, WidthCut, Work
 from harness.errors import OrreryError
 from harness.garbage import no_collection
 from harness.models.layered import Layered, Unit
@@ -278,7 +278,15 @@ def _unit_cost(unit: Unit, names: Mapping[int, str], low: Observation, high: Obs
         parameters=tuple(names[id(p)] for p in unit.parameters()),
         buffers_bytes=sum(b.numel() * b.itemsize for b in unit.buffers()),
         local=unit.local,
+        cut=_width_cut(unit, names),
     )
+
+
+def _width_cut(unit: Unit, names: Mapping[int, str]) -> WidthCut | None:
+    if unit.cut is None:
+        return None
+    biases = (p for module in unit.cut.rows for name, p in module.named_parameters() if name == "bias")
+    return WidthCut(unit.cut.width, unit.cut.granule, tuple(names[id(bias)] for bias in biases))
 
 
 def _work(low: Pass, high: Pass) -> Work:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from harness.costs import Affine, Costs, ParameterCost, TensorCost, UnitCost, Work
+from harness.costs import Affine, Costs, ParameterCost, TensorCost, UnitCost, WidthCut, Work
 
 #: Per direction and unit, seconds by rows: ((rows, seconds), ...), as `Costs.measured` holds them.
 Seconds = dict[str, tuple[tuple[tuple[int, float], ...], ...]]
@@ -108,4 +108,7 @@ def _unit(**content: Any) -> UnitCost:
         content[name] = Affine(*content[name])
     for name in ("forward", "backward"):
         content[name] = Work(*(Affine(*line) for line in content[name]))
+    if content["cut"] is not None:
+        width, granule, whole = content["cut"]
+        content["cut"] = WidthCut(width, granule, tuple(whole))
     return UnitCost(**content)

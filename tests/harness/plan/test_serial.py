@@ -136,7 +136,7 @@ def test_every_action_field_has_a_type_that_the_format_knows() -> None:
     """A new action, or a new field, either fits the format or fails here."""
     hints = {hint for cls in get_args(Action) for hint in get_type_hints(cls).values()}
     ranged, texts, several, counts = tuple[int, int], tuple[str, ...], tuple[Value, ...], tuple[int, ...]
-    assert hints <= {str, int, bool, Value, Value | None, ranged, texts, several, counts}
+    assert hints <= {str, int, bool, Value, Value | None, ranged, ranged | None, texts, several, counts}
     assert set(serial.ACTION_OF.values()) == set(get_args(Action))
     assert serial.WORDS[Tensor, "kind"] == KINDS
 
