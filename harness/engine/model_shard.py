@@ -50,19 +50,20 @@ class ModelShard:
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
 
     def weights(self, name: str) -> list[nn.Parameter]:
-        """Parameters of the value `weights...`, in the order in which the units first use them.
-
-        Raises OrreryError where they are not as many elements as the plan says.
-        """
+        """Parameters of the value `weights...`, in the order in which the units first use them."""
         if name not in self._parameters:
-            self._parameters[name] = found = self._find(name)
-            numel, planned = sum(p.numel() for p in found), self.plan.tensors[name].width
-            if numel != planned:
-                raise OrreryError(
-                    f"The plan says that {name} has {planned} elements, and in {self.workload.model} it has {numel}. "
-                    "Plan again for this workload."
-                )
+            self._parameters[name] = self._find(name)
         return self._parameters[name]
+
+    def check(self, value: Value) -> None:
+        """Refuse weights that are not as many elements as the plan says. Raises OrreryError."""
+        numel = sum(p.numel() for p in self.weights(value.name))
+        planned = self.plan.bytes(value) // self.plan.tensors[value.name].itemsize
+        if numel != planned:
+            raise OrreryError(
+                f"The plan says that {value} has {planned} elements, and in {self.workload.model} it has {numel}. "
+                "Plan again for this workload."
+            )
 
     def _find(self, name: str) -> list[nn.Parameter]:
         first_name = self.layered.parameter_names()
@@ -169,8 +170,9 @@ class ModelShard:
     ) -> tuple[dict[str, Tensor], Saved]:
         """One pass over the units of the action.
 
-        batch: the rows of the data set; entering: what earlier stages made, rows first. Returns every tensor that
-        later units or the run want, cut off from autograd, and what the backward pass needs.
+        batch: the rows of the data set; entering: what was made before, rows first, in the pieces that
+        `harness.plan.pieces` says. Returns every tensor that later units or the run want, cut off from autograd, and
+        what the backward pass needs.
         """
         first, last = action.units
         leaves = {
@@ -182,7 +184,7 @@ class ModelShard:
         masks = self.masks.samples(step, sample_ids) if draws else nullcontext()
         with torch.set_grad_enabled(self.workload.training), masks:
             wanted = {*RESULTS, *(value.name for value in action.writes)}
-            made = self.layered.run(first, last, values, entering=self.masks.enter, wanted=wanted)
+            made = self.layered.run(first, last, values, self.masks.enter, wanted, action.tokens)
         roots = {
             name: get_gradient_edge(tensor)
             for name, tensor in made.items()

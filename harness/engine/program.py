@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from harness.plan.actions import COMPUTE, NIC_OUT, QUEUES, STORAGE, Action, Collective, Combine, Load, Recv, Send
 from harness.plan.flow import link
@@ -62,10 +63,24 @@ def programs(plan: Plan, device: str) -> list[Program]:
     return [made[id(phase)] for phase in plan.phases]
 
 
-def held_units(plan: Plan, device: str) -> Range:
-    """The units that the device runs whole, frozen weights and all; none where the plan has cached phases only."""
-    ranges = [p.shards[device].units for p in plan.phases if device in p.shards and not p.cached]
-    return min((first for first, _ in ranges), default=0), max((last for _, last in ranges), default=0)
+class Held(NamedTuple):
+    """What a device has of the model: units [first, last), of those in `widths` some channels, and of the biases that
+    are added to sums over the width some."""
+
+    first: int
+    last: int
+    widths: Mapping[int, Range]
+    biases: frozenset[str]
+
+
+def held(plan: Plan, device: str) -> Held:
+    """What the device runs, frozen weights and all; no units where the plan has cached phases only."""
+    running = [p for p in plan.phases if device in p.shards and not p.cached]
+    first, last = zip(*(p.shards[device].units for p in running), strict=True) if running else ((0,), (0,))
+    values = {value for p in running for value in p.live.get(device, ()) if plan.tensors[value.name].kind == "weights"}
+    widths = {int(v.name.partition("@")[2].partition(":")[0]): v.width for v in values if v.width is not None}
+    biases = frozenset(v.name.removeprefix("weights:") for v in values)
+    return Held(min(first), max(last), widths, biases)
 
 
 def peers(mine: Sequence[Program]) -> tuple[set[str], set[str]]:

@@ -27,9 +27,10 @@ from harness.engine.program import Program, rows_of
 from harness.engine.report import DeviceReport, PhaseMemory, PhaseTimes
 from harness.engine.tensors import Bundle, buffer, dtype_name, empty_on_host, flat, on_host, part
 from harness.errors import OrreryError, Unsupported
-from harness.plan import Combine, Compute, Load, Phase, Plan, Recv, Send, Step, Store, Value
+from harness.plan import Combine, Compute, Load, Phase, Plan, Recv, Send, Step, Store, Value, pieces
 from harness.plan.actions import COMPUTE, NIC_IN, NIC_OUT, QUEUES, STORAGE, Action
 from harness.plan.flow import is_piece
+from harness.plan.values import AXES, joined_axis
 from harness.profile.track import Tracker
 from harness.samples import Dataset
 from harness.trace import EVENTS_KEPT, Event, kind_of, label_of, micro_batch_of
@@ -58,7 +59,7 @@ class Iteration:
     sample_ids: Sequence[int]
     rehearsal: bool
     values: dict[Value, Payload] = field(default_factory=dict)
-    landing: dict[Value, Bundle] = field(default_factory=dict)
+    landing: dict[Value, Tensor | Bundle] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)
     arriving: dict[int, Tensor] = field(default_factory=dict)
 
@@ -127,6 +128,8 @@ class Worker:
         self._tracker: Tracker | None = None
         self._gradient_storages: set[int] = set()
         self._loss = 0.0
+        #: Of every request the samples and what the head has made of them, where this device has the head.
+        self.answers: list[tuple[Sequence[int], Tensor]] = []
         self._late_s = 0.0
         #: When the storage queue was last done, when this iteration's loads could begin, and when the next one's can.
         self._stored_s = self._issued_s = self._issues_s = 0.0
@@ -139,7 +142,7 @@ class Worker:
                 raise Unsupported("load and store need a device with a store of its own")
             for value in program.phase.live.get(device, ()):
                 if plan.tensors[value.name].kind == "weights":
-                    shard.weights(value.name)  # refuses a plan for another model
+                    shard.check(value)
 
     # The caller's thread
 
@@ -401,9 +404,13 @@ class Worker:
         ids = iteration.sample_ids[first + action.rows[0] : first + action.rows[1]]
         batch = {name: tensor.to(self.shard.device) for name, tensor in self.dataset.batch(ids).items()}
         entering = {value.name: self._tensor(iteration, value) for value in action.reads}
+        if pieces.is_part(action):  # modules take views of theirs for granted
+            entering = {name: tensor.contiguous() for name, tensor in entering.items()}
         outputs, saved = self.shard.forward(action, batch, entering, iteration.step, ids)
         if "loss" in outputs:
             self._loss += outputs["loss"].item()
+        elif "logits" in outputs and not iteration.rehearsal:
+            self.answers.append((ids, outputs["logits"]))
         for value in action.writes:
             iteration.values[value] = outputs.get(value.name, saved)
 
@@ -427,10 +434,11 @@ class Worker:
 
     def _combine(self, iteration: Iteration, node: int, action: Combine) -> None:
         values, write = iteration.values, action.write
-        if action.op == "concat" and write.rows is not None:
-            values[write] = torch.cat([self._tensor(iteration, value) for value in action.reads])
-        elif action.op == "concat":
+        if action.op == "concat" and action.in_place:
             values[write] = self._complete(iteration, action)
+        elif action.op == "concat":
+            found = [self._tensor(iteration, value) for value in action.reads]
+            values[write] = torch.cat(found, _dimension(joined_axis(action.reads)))
         elif action.op == "square-sum":
             squares = [self._bundle(iteration, value).square_sum() for value in action.reads]
             values[write] = flat(torch.cat(squares).sum().reshape(1))
@@ -438,27 +446,27 @@ class Worker:
             values[write] = self._zeros(write)
         elif action.op == "sum":
             first, *others = action.reads
-            total = self._bundle(iteration, first)
+            total = self._held(iteration, first)
             if action.in_place:
                 values.pop(first, None)
             else:
                 total = total.clone()
             for value in others:
-                total.add_(self._bundle(iteration, value))
+                total.add_(self._held(iteration, value))  # type: ignore[arg-type]
             values[write] = total
         else:
             (whole,) = action.reads
-            part = self._bundle(iteration, whole._replace(width=write.width))
+            piece = self._held(iteration, write._replace(version=whole.version))
             if not action.in_place:
-                part = self._copied(iteration, node, write, part)
-            values[write] = part
+                piece = self._copied(iteration, node, write, piece)
+            values[write] = piece
 
-    def _copied(self, iteration: Iteration, node: int, write: Value, part: Bundle) -> Bundle:
+    def _copied(self, iteration: Iteration, node: int, write: Value, piece: Tensor | Bundle) -> Tensor | Bundle:
         """A copy in memory of its own, or in that of the whole to which it belongs."""
         if node not in iteration.program.lands:
-            return part.clone()
-        place = self._place(iteration, node, write, part.dtype)
-        place.copy_(part)
+            return piece.clone()
+        place = self._place(iteration, node, write, piece.dtype)
+        place.copy_(piece)  # type: ignore[arg-type]
         return place
 
     def _complete(self, iteration: Iteration, action: Combine) -> Payload:
@@ -468,31 +476,50 @@ class Worker:
             return iteration.values.pop(collective.value)
         if collective.kind == "all-gather":
             return iteration.landing.pop(action.write)
-        found = [self._bundle(iteration, value) for value in action.reads]
-        return Bundle(tuple(piece for bundle in found for piece in bundle.pieces))
+        found = [self._held(iteration, value) for value in action.reads]
+        if not found:
+            return self._zeros(action.write)
+        if len(found) == 1:
+            return found[0]
+        if self._is_flat(action.write):
+            return Bundle(tuple(piece for bundle in found for piece in bundle.pieces))  # type: ignore[union-attr]
+        return torch.cat(found, _dimension(collective.axis))  # type: ignore[arg-type]
 
-    def _place(self, iteration: Iteration, node: int, piece: Value, dtype: torch.dtype) -> Bundle:
+    def _place(self, iteration: Iteration, node: int, piece: Value, dtype: torch.dtype) -> Tensor | Bundle:
         """Where the piece that the node brings lies in the result of its collective."""
         result = iteration.program.lands[node]
         collective = iteration.program.collectives[result]
         if collective.kind == "all-reduce":
-            return self._bundle(iteration, collective.value._replace(width=piece.width))
+            return self._held(iteration, piece._replace(version=collective.value.version))
         with self._lock:
             if result not in iteration.landing:
-                whole = torch.empty(self.plan.tensors[result.name].width, dtype=dtype, device=self.shard.device)
+                whole = torch.empty(self._shape(result), dtype=dtype, device=self.shard.device)
                 if self._tracker is not None:
                     self._tracker.watch(whole)
-                iteration.landing[result] = flat(whole)
+                iteration.landing[result] = flat(whole) if self._is_flat(result) else whole
+        whole_or_flat = iteration.landing[result]
+        if isinstance(whole_or_flat, Tensor):
+            return part(whole_or_flat, result, piece)
         assert piece.width is not None
-        return iteration.landing[result].slice(*piece.width)
+        return whole_or_flat.slice(*piece.width)
 
-    def _zeros(self, value: Value) -> Bundle:
+    def _shape(self, value: Value) -> tuple[int, ...]:
+        """[rows, tokens, width] of an activation, [elements] of a flat value."""
         tensor = self.plan.tensors[value.name]
-        if tensor.kind == "gradients":
+        width = value.width or (0, tensor.width)
+        if self._is_flat(value):
+            return (width[1] - width[0],)
+        tokens, rows = value.tokens or (0, tensor.tokens), value.rows
+        assert rows is not None
+        return rows[1] - rows[0], tokens[1] - tokens[0], width[1] - width[0]
+
+    def _zeros(self, value: Value) -> Tensor | Bundle:
+        if self.plan.tensors[value.name].kind == "gradients":
             self.shard.drop_gradients(value.name)
             return self.shard.gradients(value.name)
-        low, high = value.width or (0, tensor.width)
-        return Bundle((torch.zeros(high - low, device=self.shard.device),))
+        if self._is_flat(value):
+            return flat(torch.zeros(self._shape(value), device=self.shard.device))
+        return torch.zeros(self._shape(value), dtype=self.shard.layered_dtype, device=self.shard.device)
 
     def _step(self, iteration: Iteration, action: Step) -> None:
         names = [value.name for value in action.gradients]
@@ -514,6 +541,9 @@ class Worker:
                     self._gradient_storages.add(number)
 
     # Values as tensors
+
+    def _held(self, iteration: Iteration, value: Value) -> Tensor | Bundle:
+        return self._bundle(iteration, value) if self._is_flat(value) else self._tensor(iteration, value)
 
     def _tensor(self, iteration: Iteration, value: Value) -> Tensor:
         """The tensor of a value, which may be a piece of one held."""
@@ -648,8 +678,10 @@ class Worker:
         iteration.admitted[source] += 1
         if node in iteration.program.lands and self.shard.device.type == "cpu":
             place = self._place(iteration, node, action.value, getattr(torch, frame.dtype))
-            iteration.values[action.value] = place
-            return [buffer(piece) for piece in place.pieces]
+            found = [place] if isinstance(place, Tensor) else list(place.pieces)
+            if all(piece.is_contiguous() for piece in found):
+                iteration.values[action.value] = place
+                return [buffer(piece) for piece in found]
         tensor = empty_on_host(frame.shape, frame.dtype, self.shard.device)
         if self._tracker is not None:
             self._tracker.watch(tensor)
@@ -667,7 +699,7 @@ class Worker:
             tensor = tensor.to(self.shard.device)
             if node in iteration.program.lands:
                 place = self._place(iteration, node, action.value, tensor.dtype)
-                place.copy_(flat(tensor))
+                place.copy_(tensor if isinstance(place, Tensor) else flat(tensor))  # type: ignore[arg-type]
                 iteration.values[action.value] = place
             else:
                 iteration.values[action.value] = flat(tensor) if self._is_flat(action.value) else tensor
@@ -760,3 +792,8 @@ class Worker:
                 peer=action.peer if isinstance(action, (Send, Recv)) else "",
             )
         )
+
+
+def _dimension(axis: str) -> int:
+    """Of an activation, [rows, tokens, width]."""
+    return AXES.index(axis)

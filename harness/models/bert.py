@@ -10,7 +10,7 @@ from transformers.models.bert.modeling_bert import BertLayer
 
 from harness.models import ModelEntry, masks, pretrained
 from harness.models.chain import Chain
-from harness.models.layered import Layered
+from harness.models.layered import Cut, Layered
 from harness.models.side import Side, SideStack, layers, narrow, places
 from harness.techniques import ParallelAdapters
 from harness.workload import Workload
@@ -67,25 +67,31 @@ def _layer(chain: Chain, layer: BertLayer, hidden: str) -> str:
     def mlp_connective(x: Tensor, residual: Tensor) -> Tensor:
         return outer.LayerNorm(outer.dropout(x) + residual)
 
-    q, k, v = chain.unit("qkv", "qkv", [hidden], ["q", "k", "v"], qkv, [inner.query, inner.key, inner.value])
+    products, width, head = [inner.query, inner.key, inner.value], inner.all_head_size, inner.attention_head_size
+    cut = Cut(width, head, columns=tuple(products))
+    q, k, v = chain.unit("qkv", "qkv", [hidden], ["q", "k", "v"], qkv, products, cut=cut)
     context = chain.attend(
         q,
         k,
         v,
         inner,
-        head_dim=inner.attention_head_size,
+        head_dim=head,
         scaling=inner.scaling,
         dropout=inner.dropout.p,
         mask="mask",
+        width=width,
     )
-    (x,) = chain.unit("projection", "projection", [context], ["projected"], attended.dense)
+    cut = Cut(width, head, rows=(attended.dense,))
+    (x,) = chain.unit("projection", "projection", [context], ["projected"], attended.dense, cut=cut)
     x = chain.adapter(x, "attention", attended.dense.out_features)
     modules = [attended.dropout, attended.LayerNorm]
     (middle,) = chain.unit(
         "attention-connective", "connective", [x, hidden], ["attended"], attention_connective, modules
     )
-    (x,) = chain.unit("mlp-in", "mlp-in", [middle], ["inner"], layer.intermediate)
-    (x,) = chain.unit("mlp-out", "mlp-out", [x], ["outer"], outer.dense)
+    columns = outer.dense.in_features
+    cut = Cut(columns, columns=(layer.intermediate.dense,))
+    (x,) = chain.unit("mlp-in", "mlp-in", [middle], ["inner"], layer.intermediate, cut=cut)
+    (x,) = chain.unit("mlp-out", "mlp-out", [x], ["outer"], outer.dense, cut=Cut(columns, rows=(outer.dense,)))
     x = chain.adapter(x, "mlp", outer.dense.out_features)
     modules = [outer.dropout, outer.LayerNorm]
     (hidden,) = chain.unit("mlp-connective", "connective", [x, middle], ["hidden"], mlp_connective, modules)

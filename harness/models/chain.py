@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from harness.errors import Unsupported
 from harness.models import attention
-from harness.models.layered import Layered, Unit
+from harness.models.layered import Cut, Layered, Unit
 from harness.models.techniques import Adapter
 from harness.techniques import Adapters
 from harness.workload import Workload
@@ -56,14 +56,15 @@ class Chain:
         function: Function,
         modules: Sequence[nn.Module] | None = None,
         head_dim: int | None = None,
+        cut: Cut | None = None,
     ) -> tuple[str, ...]:
         """Append a unit; returns the names of what it writes. A module as `function` is the one it holds."""
         if modules is None:
             assert isinstance(function, nn.Module)
             modules = [function]
         full = tuple(f"{self.name}.{tensor}" for tensor in writes)
-        unit = Unit(f"{self.name}.{name}", self.number, kind, reads, full, function, modules, head_dim=head_dim)
-        self.units.append(unit)
+        where = f"{self.name}.{name}"
+        self.units.append(Unit(where, self.number, kind, reads, full, function, modules, head_dim=head_dim, cut=cut))
         return full
 
     def adapter(self, x: str, after: str, width: int) -> str:
@@ -88,8 +89,12 @@ class Chain:
         mask: str | None,
         bias: str | None = None,
         prefix: str = "",
+        width: int | None = None,
     ) -> str:
-        """Append an attention core; its dropout follows the training mode of `module`. Returns the context's name."""
+        """Append an attention core; its dropout follows the training mode of `module`. Returns the context's name.
+
+        With the `width` of q its heads can be shared among devices.
+        """
         core = self.core
 
         def function(q: Tensor, k: Tensor, v: Tensor, *added: Tensor) -> Tensor:
@@ -99,7 +104,9 @@ class Chain:
 
         present = {name: tensor for name, tensor in (("mask", mask), ("bias", bias)) if tensor is not None}
         reads = [q, k, v, *present.values()]
-        (context,) = self.unit(f"{prefix}attention", "attention", reads, [f"{prefix}context"], function, [], head_dim)
+        name, writes = f"{prefix}attention", [f"{prefix}context"]
+        cut = None if width is None else Cut(width, head_dim)
+        (context,) = self.unit(name, "attention", reads, writes, function, [], head_dim, cut)
         return context
 
     def local(

@@ -11,7 +11,7 @@ from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 
 from harness.models import ModelEntry, masks, pretrained
 from harness.models.chain import Chain
-from harness.models.layered import Layered
+from harness.models.layered import Cut, Layered
 from harness.models.side import Side, SideStack, layers, narrow, places
 from harness.techniques import ParallelAdapters
 from harness.workload import Workload
@@ -70,24 +70,30 @@ def _layer(chain: Chain, layer: TransformerBlock, hidden: str) -> str:
     def mlp_connective(x: Tensor, residual: Tensor) -> Tensor:
         return layer.output_layer_norm(ffn.dropout(x) + residual)
 
-    q, k, v = chain.unit("qkv", "qkv", [hidden], ["q", "k", "v"], qkv, [inner.q_lin, inner.k_lin, inner.v_lin])
+    products, width, head = [inner.q_lin, inner.k_lin, inner.v_lin], inner.dim, inner.attention_head_size
+    cut = Cut(width, head, columns=tuple(products))
+    q, k, v = chain.unit("qkv", "qkv", [hidden], ["q", "k", "v"], qkv, products, cut=cut)
     context = chain.attend(
         q,
         k,
         v,
         inner,
-        head_dim=inner.attention_head_size,
+        head_dim=head,
         scaling=inner.scaling,
         dropout=inner.dropout.p,
         mask="mask",
+        width=width,
     )
-    (x,) = chain.unit("projection", "projection", [context], ["projected"], inner.out_lin)
+    cut = Cut(width, head, rows=(inner.out_lin,))
+    (x,) = chain.unit("projection", "projection", [context], ["projected"], inner.out_lin, cut=cut)
     x = chain.adapter(x, "attention", inner.out_lin.out_features)
     (middle,) = chain.unit(
         "attention-connective", "connective", [x, hidden], ["attended"], attention_connective, [layer.sa_layer_norm]
     )
-    (x,) = chain.unit("mlp-in", "mlp-in", [middle], ["inner"], mlp_in, [ffn.lin1, ffn.activation])
-    (x,) = chain.unit("mlp-out", "mlp-out", [x], ["outer"], ffn.lin2)
+    columns = ffn.lin1.out_features
+    cut = Cut(columns, columns=(ffn.lin1,))
+    (x,) = chain.unit("mlp-in", "mlp-in", [middle], ["inner"], mlp_in, [ffn.lin1, ffn.activation], cut=cut)
+    (x,) = chain.unit("mlp-out", "mlp-out", [x], ["outer"], ffn.lin2, cut=Cut(columns, rows=(ffn.lin2,)))
     x = chain.adapter(x, "mlp", ffn.lin2.out_features)
     modules = [ffn.dropout, layer.output_layer_norm]
     (hidden,) = chain.unit("mlp-connective", "connective", [x, middle], ["hidden"], mlp_connective, modules)

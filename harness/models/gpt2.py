@@ -12,7 +12,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from harness.models import ModelEntry, masks, pretrained
 from harness.models.chain import Chain
 from harness.models.classifier import at_last_token
-from harness.models.layered import Layered
+from harness.models.layered import Cut, Layered
 from harness.models.side import Side, SideStack, layers, narrow, places
 from harness.techniques import ParallelAdapters
 from harness.workload import Workload
@@ -68,7 +68,7 @@ def _layer(chain: Chain, layer: GPT2Block, hidden: str) -> str:
     inner, mlp = layer.attn, layer.mlp
 
     def qkv(x: Tensor) -> tuple[Tensor, ...]:
-        return inner.c_attn(x).split(inner.split_size, dim=2)
+        return inner.c_attn(x).chunk(3, dim=2)
 
     def attention_connective(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         total = inner.resid_dropout(x) + residual
@@ -81,25 +81,31 @@ def _layer(chain: Chain, layer: GPT2Block, hidden: str) -> str:
         return residual + mlp.dropout(x)
 
     (x,) = chain.unit("attention-norm", "connective", [hidden], ["attention-in"], layer.ln_1)
-    q, k, v = chain.unit("qkv", "qkv", [x], ["q", "k", "v"], qkv, [inner.c_attn])
+    width, head = inner.embed_dim, inner.head_dim
+    cut = Cut(width, head, columns=(inner.c_attn,))
+    q, k, v = chain.unit("qkv", "qkv", [x], ["q", "k", "v"], qkv, [inner.c_attn], cut=cut)
     context = chain.attend(
         q,
         k,
         v,
         inner,
-        head_dim=inner.head_dim,
+        head_dim=head,
         scaling=inner.scaling,
         dropout=inner.attn_dropout.p,
         mask="mask",
+        width=width,
     )
-    (x,) = chain.unit("projection", "projection", [context], ["projected"], inner.c_proj)
+    cut = Cut(width, head, rows=(inner.c_proj,))
+    (x,) = chain.unit("projection", "projection", [context], ["projected"], inner.c_proj, cut=cut)
     x = chain.adapter(x, "attention", inner.embed_dim)
     modules = [inner.resid_dropout, layer.ln_2]
     middle, x = chain.unit(
         "attention-connective", "connective", [x, hidden], ["attended", "mlp-in"], attention_connective, modules
     )
-    (x,) = chain.unit("mlp-in", "mlp-in", [x], ["inner"], mlp_in, [mlp.c_fc, mlp.act])
-    (x,) = chain.unit("mlp-out", "mlp-out", [x], ["outer"], mlp.c_proj)
+    columns = mlp.c_fc.nf
+    cut = Cut(columns, columns=(mlp.c_fc,))
+    (x,) = chain.unit("mlp-in", "mlp-in", [x], ["inner"], mlp_in, [mlp.c_fc, mlp.act], cut=cut)
+    (x,) = chain.unit("mlp-out", "mlp-out", [x], ["outer"], mlp.c_proj, cut=Cut(columns, rows=(mlp.c_proj,)))
     x = chain.adapter(x, "mlp", inner.embed_dim)
     (hidden,) = chain.unit("mlp-connective", "connective", [x, middle], ["hidden"], mlp_connective, [mlp.dropout])
     return hidden

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from harness.models.cuts import Piece
+
 #: What a whole run is for.
 RESULTS = ("logits", "loss")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the width of a unit is cut: in whole multiples of `granule` of its `width` channels.
+
+    Of `columns`, products, a device has some output channels, bias included; of `rows` some input channels, and the
+    bias where it is the one that adds it (Shoeybi et al., arXiv 1909.08053, section 3). An attention core has neither.
+    """
+
+    width: int
+    granule: int = 1
+    columns: tuple[nn.Module, ...] = ()
+    rows: tuple[nn.Module, ...] = ()
 
 
 class Unit(nn.Module):
@@ -18,6 +36,7 @@ class Unit(nn.Module):
     parameters and buffers are theirs; a tied module stands in every unit that uses it.
     A `local` unit is cheap and is run by every device that reads what it writes (masks, position biases).
     `head_dim`: of an attention core, the channels of each head.
+    `cut`: how several devices can share the unit; None where they can't.
     """
 
     def __init__(
@@ -31,10 +50,11 @@ class Unit(nn.Module):
         modules: Sequence[nn.Module] = (),
         local: bool = False,
         head_dim: int | None = None,
+        cut: Cut | None = None,
     ) -> None:
         super().__init__()
         self.name, self.layer, self.kind, self.local = name, layer, kind, local
-        self.head_dim = head_dim
+        self.head_dim, self.cut = head_dim, cut
         self.reads, self.writes = tuple(reads), tuple(writes)
         self.function = function
         self.held = nn.ModuleList(modules)
@@ -52,12 +72,14 @@ class Layered:
     over rows of the per-sample loss, so that micro-batches and replicas add up; whoever trains divides by the rows
     of the whole batch.
     `inputs` are the names of the batch's tensors (see `harness.datasets`), batch first.
+    `pieces`: of parameters that have been cut, by name, which part of the model's they are.
     """
 
     root: nn.Module
     units: tuple[Unit, ...]
     local_units: tuple[Unit, ...]
     inputs: tuple[str, ...]
+    pieces: Mapping[str, Piece] = field(default_factory=dict)
 
     def parameter_names(self) -> dict[int, str]:
         """`id(parameter)` -> its first name in `root`; tied parameters have one name."""
@@ -82,10 +104,12 @@ class Layered:
         values: dict[str, Tensor],
         entering: Callable[[str], None] | None = None,
         wanted: Collection[str] = RESULTS,
+        tokens: tuple[int, int] | None = None,
     ) -> dict[str, Tensor]:
         """Run units [first, last) on `values` (the batch's inputs, what is carried in, and what is known already).
 
-        `entering` is called with the name of each unit before it runs.
+        `entering` is called with the name of each unit before it runs. Of `tokens` that are not all, what is carried in
+        has these, but for keys and values.
 
         Returns the tensors that units after `last` read, and those that are `wanted`. Every other tensor is let go
         after its last reader, so that only autograd decides what stays. Units that make but what is known are not run.
@@ -98,7 +122,10 @@ class Layered:
         for unit in order:
             if entering is not None:
                 entering(unit.name)
-            alive.update(zip(unit.writes, unit(*(alive[name] for name in unit.reads)), strict=True))
+            made = unit(*(alive[name] for name in unit.reads))
+            if tokens is not None and unit.local:
+                made = tuple(_of_queries(tensor, tokens) for tensor in made)
+            alive.update(zip(unit.writes, made, strict=True))
             for name in unit.reads:
                 if last_reader.get(name) == unit.name:
                     alive.pop(name, None)
@@ -116,3 +143,8 @@ class Layered:
                 missing.difference_update(unit.writes)
                 missing.update(name for name in unit.reads if name not in known)
         return found[::-1]
+
+
+def _of_queries(mask: Tensor, tokens: tuple[int, int]) -> Tensor:
+    """mask: [rows or 1, heads or 1, q_tokens or 1, k_tokens], of which the rows of some queries."""
+    return mask if mask.shape[-2] == 1 else mask.narrow(-2, tokens[0], tokens[1] - tokens[0])

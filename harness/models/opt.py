@@ -13,7 +13,7 @@ from transformers.models.opt.modeling_opt import OPTDecoderLayer
 from harness.models import ModelEntry, masks, pretrained
 from harness.models.chain import Chain
 from harness.models.classifier import at_last_token
-from harness.models.layered import Layered
+from harness.models.layered import Cut, Layered
 from harness.models.side import Side, SideStack, layers, narrow, places
 from harness.techniques import ParallelAdapters
 from harness.workload import Workload
@@ -93,9 +93,12 @@ def _layer(chain: Chain, layer: OPTDecoderLayer, hidden: str) -> str:
         return residual + dropout(x)
 
     (x,) = chain.unit("attention-norm", "connective", [hidden], ["attention-in"], layer.self_attn_layer_norm)
-    q, k, v = chain.unit("qkv", "qkv", [x], ["q", "k", "v"], qkv, [inner.q_proj, inner.k_proj, inner.v_proj])
-    context = chain.attend(q, k, v, inner, head_dim=inner.head_dim, scaling=1.0, dropout=inner.dropout, mask="mask")
-    (x,) = chain.unit("projection", "projection", [context], ["projected"], inner.out_proj)
+    products, width, head = [inner.q_proj, inner.k_proj, inner.v_proj], inner.embed_dim, inner.head_dim
+    cut = Cut(width, head, columns=tuple(products))
+    q, k, v = chain.unit("qkv", "qkv", [x], ["q", "k", "v"], qkv, products, cut=cut)
+    context = chain.attend(q, k, v, inner, head_dim=head, scaling=1.0, dropout=inner.dropout, mask="mask", width=width)
+    cut = Cut(width, head, rows=(inner.out_proj,))
+    (x,) = chain.unit("projection", "projection", [context], ["projected"], inner.out_proj, cut=cut)
     x = chain.adapter(x, "attention", layer.embed_dim)
     middle, x = chain.unit(
         "attention-connective",
@@ -105,8 +108,10 @@ def _layer(chain: Chain, layer: OPTDecoderLayer, hidden: str) -> str:
         attention_connective,
         [layer.final_layer_norm],
     )
-    (x,) = chain.unit("mlp-in", "mlp-in", [x], ["inner"], mlp_in, [layer.fc1, layer.activation_fn])
-    (x,) = chain.unit("mlp-out", "mlp-out", [x], ["outer"], layer.fc2)
+    columns = layer.fc1.out_features
+    cut = Cut(columns, columns=(layer.fc1,))
+    (x,) = chain.unit("mlp-in", "mlp-in", [x], ["inner"], mlp_in, [layer.fc1, layer.activation_fn], cut=cut)
+    (x,) = chain.unit("mlp-out", "mlp-out", [x], ["outer"], layer.fc2, cut=Cut(columns, rows=(layer.fc2,)))
     x = chain.adapter(x, "mlp", layer.embed_dim)
     (hidden,) = chain.unit("mlp-connective", "connective", [x, middle], ["hidden"], mlp_connective, [])
     return hidden

@@ -6,7 +6,7 @@ Every device builds the same model on "meta", where it costs nothing, and fills 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from harness import models
 from harness.errors import OrreryError
+from harness.models.cuts import cut
 from harness.models.layered import Layered
 from harness.store import write_whole
 from harness.workload import Workload
@@ -30,18 +31,27 @@ def write(workload: Workload, path: Path) -> None:
     write_whole(path, lambda part: save_file(tensors, part))
 
 
-def load(workload: Workload, path: Path, first: int, last: int) -> Layered:
+def load(
+    workload: Workload,
+    path: Path,
+    first: int,
+    last: int,
+    widths: Mapping[int, tuple[int, int]] | None = None,
+    biases: Collection[str] = (),
+) -> Layered:
     """The workload's model with the tensors of units [first, last), and of the local units they need, on the CPU.
 
-    All other tensors stay on "meta", and their bytes are not read. `path` is what `write` made of the same workload.
+    Of the units in `widths` with some channels only, as `cut` takes them. All other tensors stay on "meta", and their
+    bytes are not read. `path` is what `write` made of the same workload.
     Raises OrreryError for a file that is not there, is damaged, or holds a model of other shapes.
     """
-    layered = models.build(workload, device="meta")
+    layered = cut(models.build(workload, device="meta"), widths or {}, biases)
     units = layered.units[first:last]
     held = {
         id(tensor): tensor
         for unit in (*layered.locals_of(units), *units)
         for tensor in (*unit.parameters(), *unit.buffers())
+        if tensor.is_meta
     }
     complete(layered, workload, path, list(held.values()))
     return layered
@@ -53,7 +63,9 @@ def complete(layered: Layered, workload: Workload, path: Path, tensors: Sequence
     try:
         with safe_open(path, framework="pt") as file:
             for tensor in tensors:
-                fill(tensor, file.get_tensor(names[id(tensor)]))
+                name = names[id(tensor)]
+                piece = layered.pieces.get(name)
+                fill(tensor, file.get_tensor(name) if piece is None else piece.read(file, name))
     except (OSError, SafetensorError, ValueError) as error:
         raise OrreryError(
             f"The weights of {workload.model} can't be read from {path}: {error} Write them again for this workload."

@@ -17,7 +17,7 @@ from harness.cache import ActivationCache
 from harness.costs import Costs
 from harness.engine import DeviceReport, Execution, ModelShard, Worker, execution, programs
 from harness.engine.checkpoint import BEGINNING, Progress, epoch_ends, file_digest, path_of, restore, save
-from harness.engine.program import held_units, peers
+from harness.engine.program import held, peers
 from harness.manifest import sample_keys
 from harness.models import shards
 from harness.plan import Plan
@@ -31,12 +31,16 @@ TIMEOUT_S = 60
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one device: its shard and report, or the error that ended it; `ended_s` by `perf_counter`."""
+    """What became of one device: its shard and report, or the error that ended it; `ended_s` by `perf_counter`.
+
+    `answers`: of inference, the samples and logits of every request.
+    """
 
     shard: ModelShard | None
     report: DeviceReport | None
     error: BaseException | None
     ended_s: float
+    answers: Sequence[tuple[Sequence[int], Tensor]] = ()
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,8 @@ def run_devices(
         assert first.error is not None
         raise first.error
     reports = {name: outcome.report for name, outcome in found.items() if outcome.report is not None}
-    held = {name: outcome.shard for name, outcome in found.items() if outcome.shard is not None}
-    return Trained(execution(plan, list(reports.values()), workload.training), reports, held)
+    kept = {name: outcome.shard for name, outcome in found.items() if outcome.shard is not None}
+    return Trained(execution(plan, list(reports.values()), workload.training), reports, kept)
 
 
 def secondary(outcome: Outcome) -> bool:
@@ -130,7 +134,7 @@ def outcomes(
         cache = ActivationCache(folder / f"cache-{device}", {}, sample_keys(dataset, workload.num_samples))
         try:
             mine = programs(plan, device)
-            layered = shards.load(workload, weights, *held_units(plan, device))
+            layered = shards.load(workload, weights, *held(plan, device))
             shard = ModelShard(layered, workload, plan, torch.device("cpu"))
             losses, live = [], plan.phases[0].live[device]
             if state is not None and done.epochs:
@@ -177,7 +181,8 @@ def outcomes(
             if state is None:
                 cache.clear()
             cache.close()
-            found[device] = Outcome(shard, report, failure, time.perf_counter())
+            given = () if worker is None else worker.answers
+            found[device] = Outcome(shard, report, failure, time.perf_counter(), given)
 
     threads = [threading.Thread(target=device_main, args=(device,), daemon=True) for device in plans]
     for thread in threads:
