@@ -233,7 +233,7 @@ def run(
     cache_dir: Annotated[
         str | None, typer.Option(help="folder where activation caches are kept; default: a temporary one")
     ] = None,
-    verify: Annotated[bool | None, typer.Option("--verify", help="train again on one device and compare")] = None,
+    verify: Annotated[bool | None, typer.Option("--verify", help="do the same on one device and compare")] = None,
     evaluate: Annotated[bool | None, typer.Option("--evaluate", help="measure quality on the validation split")] = None,
     save_adapter: Annotated[
         str | None, typer.Option("--save-adapter", metavar="FILE", help="file for what the technique trains")

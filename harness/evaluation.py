@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from harness import datasets, metrics, models
+from harness.errors import Broken
 from harness.models import shards
 from harness.models.layered import Layered
+from harness.samples import Dataset
 from harness.workload import Workload
 
 #: Samples in memory at a time. In eval mode each is by itself, so that their number changes nothing.
@@ -36,10 +38,31 @@ def evaluate(workload: Workload, layered: Layered, data_dir: Path | None) -> flo
     spec = datasets.spec(workload.dataset)
     assert spec.validation is not None, "asked only of data sets that have one"
     dataset = datasets.load(workload, data_dir, spec.validation)
-    outputs, labels = [], []
+    everything = range(len(dataset))
+    labels = dataset.batch(everything)["labels"]
+    return metrics.measure(spec.metric, _logits(layered, dataset, everything).double().numpy(), labels.double().numpy())
+
+
+def max_rel_error(workload: Workload, layered: Layered, dataset: Dataset, answers: Mapping[int, Tensor]) -> float:
+    """Largest |a - b| / max|b| of the logits that devices have answered, from those of the unsharded model.
+
+    answers: of every sample of the workload [labels]. Raises Broken where one is missing.
+    """
+    samples = range(workload.num_samples)
+    if missing := [sample for sample in samples if sample not in answers]:
+        raise Broken(
+            f"No device has answered {len(missing)} of {workload.num_samples} samples, {missing[0]} among them."
+        )
+    wanted, found = _logits(layered, dataset, samples), torch.stack([answers[sample] for sample in samples])
+    return ((found - wanted).abs().max() / wanted.abs().max()).item()
+
+
+def _logits(layered: Layered, dataset: Dataset, samples: Sequence[int]) -> Tensor:
+    """What the whole model makes of the samples: [samples, labels]."""
     with torch.no_grad():
-        for first in range(0, len(dataset), ROWS):
-            batch = dataset.batch(range(first, min(first + ROWS, len(dataset))))
-            outputs.append(layered.run(0, len(layered.units), batch)["logits"])
-            labels.append(batch["labels"])
-    return metrics.measure(spec.metric, torch.cat(outputs).double().numpy(), torch.cat(labels).double().numpy())
+        return torch.cat(
+            [
+                layered.run(0, len(layered.units), dataset.batch(samples[first : first + ROWS]))["logits"]
+                for first in range(0, len(samples), ROWS)
+            ]
+        )

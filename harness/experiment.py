@@ -91,10 +91,10 @@ WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 class Request:
     """One run that is asked for, with every name looked up. `options` are the method's, defaults included.
 
-    `verify`: what was trained is compared with the same training on one device. `evaluate`: its metric is measured on
-    the validation split. `save_adapter`: the file that gets what the technique has trained; it is no part of the
-    question. Simulated runs are done once, and have no `data_dir` and nothing to verify or evaluate, whatever was
-    asked: it makes no difference. `cache_dir`: where activation caches are kept.
+    `verify`: what was trained, or answered, is compared with the same on one device. `evaluate`: the metric of what was
+    trained is measured on the validation split. `save_adapter`: the file that gets what the technique has trained; it
+    is no part of the question. Simulated runs are done once, and have no `data_dir` and nothing to verify or evaluate,
+    whatever was asked: it makes no difference. `cache_dir`: where activation caches are kept.
     """
 
     method: Method
@@ -292,8 +292,6 @@ def _requests(
     if not 1 <= repeats <= MOST_REPEATS:
         raise OrreryError(f"repeats is {repeats}; it must be at least 1, and at most {MOST_REPEATS}.")
     computed = mode == COMPUTED
-    if run.get("verify", False) and not computed and not workload.training:
-        raise OrreryError("verify compares what was trained, and the technique inference trains nothing.")
     if run.get("evaluate", False) and not computed:
         _check_evaluation(workload)
     save_adapter = Path(run["save_adapter"]).expanduser() if "save_adapter" in run else None

@@ -19,7 +19,7 @@ from harness.engine import DeviceReport, Execution, check_samples, execution
 from harness.engine.checkpoint import Progress, epoch_ends, file_digest
 from harness.errors import OrreryError, OutOfMemory, Unsupported
 from harness.fleet.coordinator import Lost
-from harness.fleet.job import SAMPLES, WEIGHTS, Job, trained, trained_buffers, trained_parameters
+from harness.fleet.job import SAMPLES, WEIGHTS, Job, answers, trained, trained_buffers, trained_parameters
 from harness.manifest import identity
 from harness.models import shards
 from harness.plan import Load, Plan, Store
@@ -119,7 +119,7 @@ class Emulation:
         cache_dir: Path | None = None,
         journal: Journal | None = None,
     ) -> Execution:
-        """Run the plan. With `verify` it is trained again on one device, and the distance of the two is given; with
+        """Run the plan. With `verify` the same is done on one device, and the distance of the two is given; with
         `evaluate` the metric of what was trained, on samples that it has not seen. Neither is in any time.
 
         With `keep_trained` the parameters that were trained are given, too.
@@ -186,6 +186,10 @@ class Emulation:
                 found = replace(found, metric=evaluation.evaluate(workload, tuned, data_dir))
         if not verify:
             return found
+        if not workload.training:
+            given = answers(self.folder, plan.devices)
+            model = evaluation.whole(workload, self.folder / WEIGHTS, {})
+            return replace(found, max_rel_error=evaluation.max_rel_error(workload, model, dataset, given))
         wanted = reference.train(whole, workload, dataset)
         adaptive = workload.optimizer == "adamw"
         errors = [

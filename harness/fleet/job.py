@@ -23,7 +23,7 @@ from harness.cache import ActivationCache
 from harness.datasets import batches
 from harness.engine import DeviceReport, ModelShard, Worker, check_samples, checkpoint, programs
 from harness.engine.checkpoint import Progress, epoch_ends
-from harness.engine.program import Program, held_units, peers, rows_of
+from harness.engine.program import Program, held, peers, rows_of
 from harness.errors import Broken, OrreryError, Unsupported
 from harness.fleet import probe
 from harness.fleet.channel import Channel, Closed, Message
@@ -172,8 +172,10 @@ def _work(channel: Channel, job: Job, pulse: Pulse) -> None:
         gc.freeze()  # what is there now stays: no need to look through it again and again
         channel.send({"ready": True})
         report = worker.run(channel.receive()["go"], moving)
-        if job.save:
+        if job.save and workload.training:
             _save(shard, job)
+        elif job.save and worker.answers:
+            _save_answers(worker.answers, job)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         channel.send({"done": REPORT.dump_python(report, mode="json") | {"process_peak_bytes": peak}})
         channel.receive()  # all others are done, too: nobody misses us
@@ -225,7 +227,7 @@ def _shard(job: Job, plan: Plan, workload: Workload, begin: Progress) -> tuple[M
     They are those of the file, or where the run goes on those that it had then; with the losses up to then.
     """
     weights, live = Path(job.folder) / WEIGHTS, plan.phases[0].live.get(job.device, ())
-    layered = shards.load(workload, weights, *held_units(plan, job.device))
+    layered = shards.load(workload, weights, *held(plan, job.device))
     shard = ModelShard(layered, workload, plan, torch.device(ACCELERATORS[job.accelerator]))
     losses: list[float] = []
     if job.state is not None and job.state_digest is not None:
@@ -242,6 +244,23 @@ def _save(shard: ModelShard, job: Job) -> None:
     for kind, tensors in (("trained", state(root, shard.optimizers)), ("buffers", buffers)):
         kept = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
         save_file(kept, _saved_file(Path(job.folder), kind, job.device))
+
+
+def _save_answers(answers: Sequence[tuple[Sequence[int], Tensor]], job: Job) -> None:
+    """The logits of every request, with the samples that they are of."""
+    samples = torch.tensor([sample for ids, _ in answers for sample in ids])
+    logits = torch.cat([made.cpu() for _, made in answers])
+    save_file({"samples": samples, "logits": logits}, _saved_file(Path(job.folder), "answers", job.device))
+
+
+def answers(folder: Path, devices: Sequence[str]) -> dict[int, Tensor]:
+    """What the devices have answered: of each sample the logits."""
+    found: dict[int, Tensor] = {}
+    for path in (_saved_file(folder, "answers", device) for device in devices):
+        if path.exists():
+            saved = load_file(path)
+            found.update(zip(saved["samples"].tolist(), saved["logits"], strict=True))
+    return found
 
 
 def trained(folder: Path, device: str) -> dict[str, Tensor]:
