@@ -6,15 +6,20 @@ from collections.abc import Mapping
 
 from harness.cluster import Cluster
 from harness.costs import Costs
+from harness.errors import unknown_name
 from harness.plan import Plan
 from harness.schedules import Stage
 from harness.search import plan_pipeline
 from harness.workload import Workload
 
-OPTIONS: dict[str, object] = {"micro_batch_size": None}
+#: device: which one, by name; the cluster's first unless said otherwise.
+OPTIONS: dict[str, object] = {"micro_batch_size": None, "device": None}
 
 
 def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[str, object]) -> Plan:
-    """The cluster's first device does everything; the others stand idle and are no part of the plan."""
-    stage = Stage((0, len(costs.units)), cluster.names[:1], (1,))
+    """One of the cluster's devices does everything; the others stand idle and are no part of the plan."""
+    device = str(options.get("device") or cluster.names[0])
+    if device not in cluster.names:
+        raise unknown_name("device of the testbed", device, cluster.names)
+    stage = Stage((0, len(costs.units)), (device,), (1,))
     return plan_pipeline("standalone", workload, costs, cluster, lambda size: ([stage], lambda count: [1]), options)

@@ -1,0 +1,22 @@
+"""Sequence parallelism: tokens by device, whole weights on each, keys and values all-gathered in every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from harness.cluster import Cluster
+from harness.costs import Costs
+from harness.plan import Plan
+from harness.search import fastest
+from harness.sharded import SEQUENCE, plan_sharded, shares_of
+from harness.workload import Workload
+
+#: shares: of tokens, "equal" or in proportion to "speed".
+OPTIONS: dict[str, object] = {"shares": "equal"}
+
+
+def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[str, object]) -> Plan:
+    """The leader hands out the tokens and collects them in the end; it alone has the embeddings and the head."""
+    shares = shares_of(costs, cluster, workload.batch_size, str(options["shares"]), tokens=True)
+    name = "sequence-parallel"
+    return fastest([lambda: plan_sharded(name, workload, costs, cluster.names, SEQUENCE, shares)], costs, cluster)
