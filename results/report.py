@@ -13,7 +13,7 @@ import pandas as pd
 from harness import store
 from harness.compare import title as run_title
 from harness.records import Record
-from results import agreement, claims, document, figures, papers, quality, rates, scores, tables, validation
+from results import agreement, claims, document, figures, latency, papers, quality, rates, scores, tables, validation
 from results.comparison import COUNTED_BYTES, Comparison, compare
 from results.document import Block, Bullets, Folded, Heading, Text
 from results.papers import Paper
@@ -59,6 +59,7 @@ def _blocks(records: Sequence[Record], folder: Path) -> Iterator[Block]:
         yield from _beside(papers.load(name), cells, found)
     yield from _agreement(found, folder)
     yield from _quality(records)
+    yield from _latency(records)
     yield from _origin([record for setting in found for record in setting.records])
 
 
@@ -125,6 +126,14 @@ def _quality(records: Sequence[Record]) -> Iterator[Block]:
     if found:
         yield Heading(2, "Quality of what was trained")
         yield from quality.tables(found)
+
+
+def _latency(records: Sequence[Record]) -> Iterator[Block]:
+    """Nothing where no two methods answered the same requests."""
+    found = latency.groups(records)
+    if found:
+        yield Heading(2, "Latency of requests")
+        yield from latency.tables(found)
 
 
 def _validation(folder: Path) -> Iterator[Block]:

@@ -1,6 +1,7 @@
 """Testbeds by name: the environments under `environments/`, or a TOML file of your own.
 
-A file called `pac-nano-N.toml` is a family: `counts` lists its members, and `any_count` opens it to every N.
+A file called `pac-nano-N.toml` is a family: `counts` lists its members, and `any_count` opens it to every N. What
+follows an @ is the same testbed with other links: `galaxy-e@500mbit`, `galaxy-e@5ms`, `galaxy-e@500mbit@5ms`.
 """
 
 from __future__ import annotations
@@ -90,23 +91,44 @@ def names() -> list[str]:
 
 
 def load(name_or_path: str) -> Testbed:
-    """A testbed by its name, or by the path of a TOML file. Raises OrreryError for anything wrong with either."""
-    if name_or_path.endswith(".toml"):
-        path = Path(name_or_path).expanduser()
+    """A testbed by its name, or by the path of a TOML file, with other links where an @ asks for them.
+
+    Raises OrreryError for anything wrong with any of it.
+    """
+    place, *asked = name_or_path.split("@")
+    links = _links(name_or_path, asked)
+    if place.endswith(".toml"):
+        path = Path(place).expanduser()
         if _is_family(path):
             raise OrreryError(
                 f"{path} describes a family of testbeds. The file of a single testbed has no {FAMILY!r} at the end of "
                 "its name, and `count` in its [[devices]] instead of `counts`."
             )
-        return _load(path, path.stem)
-    path = _folder() / f"{name_or_path}.toml"
+        return _load(path, "@".join((path.stem, *asked)), links)
+    path = _folder() / f"{place}.toml"
     if path.exists() and not _is_family(path):
-        return _load(path, name_or_path)
-    if match := re.fullmatch(r"(.+)-([1-9][0-9]*)", name_or_path):
+        return _load(path, name_or_path, links)
+    if match := re.fullmatch(r"(.+)-([1-9][0-9]*)", place):
         path = _folder() / f"{match[1]}{FAMILY}.toml"
         if path.exists():
-            return _load(path, name_or_path, int(match[2]))
-    raise unknown_name("testbed", name_or_path, names())
+            return _load(path, name_or_path, links, int(match[2]))
+    raise unknown_name("testbed", place, names())
+
+
+def _links(name: str, asked: Sequence[str]) -> dict[str, Constant]:
+    """The constants of the links that the testbed's name asks for: "500mbit" is a nominal rate, "5ms" a latency."""
+    found: dict[str, Constant] = {}
+    for text in asked:
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(mbit|ms)", text)
+        key = "latency_s" if match is not None and match[2] == "ms" else "nominal_mbit_per_s"
+        if match is None or key in found or (key == "nominal_mbit_per_s" and float(match[1]) == 0):
+            raise OrreryError(
+                f"The testbed {name!r} asks for links of {text!r}. Give a rate like @500mbit, a latency like @5ms, or "
+                "both, each once."
+            )
+        value = float(match[1]) / (1000 if key == "latency_s" else 1)
+        found[key] = Constant(value, "definition", "asked for by the testbed's name")
+    return found
 
 
 def _folder() -> Path:
@@ -125,8 +147,11 @@ def _counts(table: Table) -> list[int]:
     return table.list_of("counts", int, "whole numbers of at least 1", lambda count: count >= 1)
 
 
-def _load(path: Path, name: str, count: int | None = None) -> Testbed:
-    """Read one environment. `count` is the N of a family's member, None where the file is no family."""
+def _load(path: Path, name: str, links: Mapping[str, Constant], count: int | None = None) -> Testbed:
+    """Read one environment. `count` is the N of a family's member, None where the file is no family.
+
+    `links` are constants of its links that hold instead of the file's.
+    """
     table = read(path)
     description = table.text("description").replace("{N}", str(count))
     modes = table.list_of("modes", str, f"modes, of {', '.join(MODES)}", lambda mode: mode in MODES)
@@ -149,6 +174,7 @@ def _load(path: Path, name: str, count: int | None = None) -> Testbed:
         "nominal_mbit_per_s": link.constant("nominal_mbit_per_s"),
         "tcp_efficiency": link.constant("tcp_efficiency"),
         "latency_s": link.constant("latency_s", allow_zero=True),
+        **links,
     }
     link.close()
     if constants["tcp_efficiency"].value > 1:

@@ -148,6 +148,34 @@ def test_assumptions_are_the_assumed_and_fitted_constants_in_use() -> None:
     )
 
 
+def test_galaxys_environments_have_the_ratio_of_their_clocks() -> None:
+    """3.65 : 2.29 : 1; everything about them is assumed but what is on the boards."""
+    testbed = load("galaxy-f")
+    fast, middle, slow = (device.rates["matmul"][0] for device in testbed.cluster.devices)
+    assert (fast / slow, middle / slow) == pytest.approx((1.47 / 0.403, 0.921 / 0.403), rel=1e-3)
+    assert middle == pytest.approx(8e9, rel=1e-3)
+    assert [device.memory_bytes for device in testbed.cluster.devices] == [1_500_000_000, 1_200_000_000, 700_000_000]
+    assert {a.owner for a in testbed.assumptions} == {"jetson-nano-l", "jetson-nano-m", "jetson-nano-s", "link"}
+
+
+def test_a_name_can_ask_for_other_links(tmp_path: Path) -> None:
+    usual, other = load("galaxy-e"), load("galaxy-e@500mbit@5ms")
+    assert other.name == other.cluster.name == "galaxy-e@500mbit@5ms"
+    assert other.cluster.devices == usual.cluster.devices
+    link = other.cluster.link("device0", "device1")
+    assert (link.bandwidth, link.latency_s) == pytest.approx((470 * MBIT_PER_S, 5e-3))
+    assert load("galaxy-e@0ms").cluster.latency_s == 0
+    assert load("pac-nano-4@100mbit").cluster.link("device0", "device3").bandwidth == pytest.approx(94 * MBIT_PER_S)
+    assert load(f"{write(tmp_path)}@10mbit").name.endswith("@10mbit")
+    assert ("link", "nominal_mbit_per_s") not in {(a.owner, a.key) for a in other.assumptions}
+
+
+@pytest.mark.parametrize("asked", ["500", "500Mbit", "0mbit", "-5ms", "5ms@6ms", "1mbit@2mbit", ""])
+def test_links_that_make_no_sense_are_refused(asked: str) -> None:
+    with pytest.raises(OrreryError, match="asks for links of"):
+        load(f"galaxy-e@{asked}")
+
+
 def test_demo_is_heterogeneous() -> None:
     cluster = load("demo-hetero-3").cluster
     assert [d.profile for d in cluster.devices] == ["jetson-nano-10w", "jetson-tx2-maxn", "jetson-xavier-nx-15w"]
@@ -205,7 +233,7 @@ def test_own_file(tmp_path: Path) -> None:
         ("count = 2", "count = 1_000_000", ["devices[0].count", "1 to 10000"]),
         ("count = 2", "count = 1.5", ["devices[0].count", "1.5", "whole number"]),
         ('profile = "board.toml"', 'profile = "none.toml"', ["devices[0].profile", "no file", "none.toml"]),
-        ('profile = "jetson-nano-10w"', 'profile = "jetson-nano"', ["devices[1].profile", "jetson-nano-10w"]),
+        ('profile = "jetson-nano-10w"', 'profile = "jetson-nano-10"', ["devices[1].profile", "jetson-nano-10w"]),
         ('profile = "jetson-nano-10w"', 'profil = "x"', ["devices[1].profile", "missing", "Did you mean 'profil'"]),
         ('profile = "jetson-nano-10w"', 'profile = "jetson-tx2-max-q"', ["memory_bandwidth_bytes_per_s", "unknown"]),
         ('medium = "ethernet"', 'medium = "wifi"', ["wifi_mbit_per_s", "unknown"]),
