@@ -376,7 +376,8 @@ class Costs:
     def seconds(self, device: Device, first: int, last: int, direction: str, rows: int, fraction: float = 1.0) -> float:
         """Time of one pass of `rows` rows over the range on the device; of that `fraction` of their tokens and width.
 
-        A part has its share of the FLOPs, and as many kernels as the whole.
+        A part has its share of the FLOPs, and as many kernels as the whole; of a measured time, which does not tell one
+        from the other, it has its share.
         """
         if rows == 0:
             return 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -46,13 +47,12 @@ def evaluate(workload: Workload, layered: Layered, data_dir: Path | None) -> flo
 def max_rel_error(workload: Workload, layered: Layered, dataset: Dataset, answers: Mapping[int, Tensor]) -> float:
     """Largest |a - b| / max|b| of the logits that devices have answered, from those of the unsharded model.
 
-    answers: of every sample of the workload [labels]. Raises Broken where one is missing.
+    answers: of every sample that is asked for [labels]. Raises Broken where one is missing.
     """
-    samples = range(workload.num_samples)
+    requests = sum(repeat for _, repeat in workload.batches())
+    samples = sorted({sample for ids in islice(datasets.batches(workload), requests) for sample in ids})
     if missing := [sample for sample in samples if sample not in answers]:
-        raise Broken(
-            f"No device has answered {len(missing)} of {workload.num_samples} samples, {missing[0]} among them."
-        )
+        raise Broken(f"No device has answered {len(missing)} of {len(samples)} samples, {missing[0]} among them.")
     wanted, found = _logits(layered, dataset, samples), torch.stack([answers[sample] for sample in samples])
     return ((found - wanted).abs().max() / wanted.abs().max()).item()
 

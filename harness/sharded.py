@@ -57,7 +57,6 @@ class Block:
     first: int
     last: int
     heads: int
-    head_dim: int
     columns: int
     tokens: int
     entering: str
@@ -81,7 +80,6 @@ def shared_block(costs: Costs) -> Block:
         first,
         last,
         attention.width // attention.granule,
-        attention.granule,
         mlp.width,
         costs.tensors[core.writes[0]].tokens,
         entering,
@@ -429,7 +427,8 @@ class _Member:
 
     def _collective(self, kind: str, value: Value, result: Value) -> Collective:
         devices, shares = self.sharded.devices, self.sharded.shares.tokens
-        return Collective(kind, value, result, devices, shares, self.sharded.tiles, "tokens")
+        tiles = 1 if kind == "reduce-scatter" else self.sharded.tiles  # its result is one piece of memory
+        return Collective(kind, value, result, devices, shares, tiles, "tokens")
 
     def _gather(self, name: str) -> Iterator[Action]:
         """All tokens of a tensor of which every device has its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import pandas as pd
 
 from harness import registry
 from harness.records import Record
-from results.settings import COMMON
+from results.settings import COMMON, Setting
 from results.tables import Table, significant
 
 #: What environments and models of one table have in common.
@@ -19,15 +20,12 @@ OUT_OF_MEMORY = "oom"
 
 @dataclass(frozen=True)
 class Group:
-    """Requests of one kind. `cells[model, testbed][method with its options]`, the methods in the order of `columns`."""
+    """Requests of one kind. `cells[model, testbed][method with its options]`, in the order of `columns`: the first one
+    is what the others are compared with."""
 
     first: Record
     cells: Mapping[tuple[str, str], Mapping[str, Record]]
     columns: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        return f"latency-{self.first.dataset}-{self.first.seq_len}-{self.first.batch_size}-{self.first.mode}"
 
     @property
     def title(self) -> str:
@@ -36,31 +34,34 @@ class Group:
 
 
 def groups(records: Sequence[Record]) -> list[Group]:
-    """The inference runs that differ in model, testbed and method alone; groups of a single method not."""
+    """The inference runs that differ in model, testbed and method alone, where there are several methods or options."""
     found: dict[tuple[object, ...], list[Record]] = {}
     for record in records:
-        if record.technique == "inference" and record.status in ("ok", "oom"):
+        if record.technique == "inference" and record.status in ("ok", OUT_OF_MEMORY):
             found.setdefault((record.mode, *(getattr(record, field) for field in SHARED)), []).append(record)
     return [group for group in map(_group, found.values()) if len(group.columns) > 1]
 
 
 def _group(records: Sequence[Record]) -> Group:
+    """Compared with the system that is the fastest, or the only one to fit, most often; the first of equals."""
+    setting = Setting("", tuple(records))
     cells: dict[tuple[str, str], dict[str, Record]] = {}
+    methods: dict[str, str] = {}
     for record in records:
-        cells.setdefault((record.model, record.testbed), {})[_label(record)] = record
-    columns = sorted(
-        {label for cell in cells.values() for label in cell}, key=lambda label: (label.split(" ")[0], label)
-    )
-    systems = [label for label in columns if _is_system(label.split(" ")[0])]
-    ordered = (*systems, *(label for label in columns if label not in systems))
+        label = setting.label(record)
+        methods[label] = record.method
+        cells.setdefault((record.model, record.testbed), {})[label] = record
+    columns = sorted(methods, key=lambda label: (methods[label], label))
+    candidates = [label for label in columns if _is_system(methods[label])] or columns
+    wins = Counter(_fastest(cell, candidates) for cell in cells.values())
+    reference = max(candidates, key=lambda label: wins[label])
+    ordered = (reference, *(label for label in columns if label != reference))
     return Group(records[0], {key: cells[key] for key in sorted(cells)}, ordered)
 
 
-def _label(record: Record) -> str:
-    """The method, with the options that are not its defaults."""
-    usual = registry.load_method(record.method).options
-    chosen = [f"{name}={value}" for name, value in record.method_options.items() if value != usual.get(name)]
-    return f"{record.method} ({', '.join(chosen)})" if chosen else record.method
+def _fastest(cell: Mapping[str, Record], labels: Sequence[str]) -> str | None:
+    ran = [label for label in labels if label in cell and cell[label].latency_s is not None]
+    return min(ran, key=lambda label: cell[label].latency_s or 0.0, default=None)
 
 
 def _is_system(method: str) -> bool:
@@ -70,19 +71,20 @@ def _is_system(method: str) -> bool:
 
 def tables(found: Sequence[Group]) -> Iterator[Table]:
     """Of each group the latencies, then how many times as long the others take as the first method."""
-    for group in found:
-        yield latencies(group)
-        if (table := speedups(group)) is not None:
+    for number, group in enumerate(found, 1):
+        name = f"latency-{number}-{group.first.dataset}-{group.first.mode}"
+        yield latencies(name, group)
+        if (table := speedups(f"{name}-ratios", group)) is not None:
             yield table
 
 
-def latencies(group: Group) -> Table:
-    """Seconds of a request; of what did not fit what is missing."""
+def latencies(name: str, group: Group) -> Table:
+    """Seconds of a request, or that it did not fit."""
     rows = [
         {"model": model, "testbed": testbed, **{label: _cell(cell.get(label)) for label in group.columns}}
         for (model, testbed), cell in group.cells.items()
     ]
-    return Table(group.name, group.title, pd.DataFrame(rows), heads=2)
+    return Table(name, group.title, pd.DataFrame(rows), heads=2)
 
 
 def _cell(record: Record | None) -> str | None:
@@ -91,7 +93,7 @@ def _cell(record: Record | None) -> str | None:
     return "out of memory" if record.status == OUT_OF_MEMORY else f"{record.latency_s:.4g}"
 
 
-def speedups(group: Group) -> Table | None:
+def speedups(name: str, group: Group) -> Table | None:
     """Latency of each method over that of the first column's, where both ran; and the largest of each column."""
     reference, *others = group.columns
     rows = []
@@ -111,7 +113,7 @@ def speedups(group: Group) -> Table | None:
         for i in [frame[label].astype(float).idxmax()]
     ]
     return Table(
-        f"{group.name}-ratios",
+        name,
         f"How many times as long as {reference} a request takes",
         frame,
         formats=dict.fromkeys(others, significant),

@@ -187,7 +187,7 @@ class Emulation:
         if not verify:
             return found
         if not workload.training:
-            given = answers(self.folder, plan.devices)
+            given = answers(self.folder, self.generation, plan.devices)
             model = evaluation.whole(workload, self.folder / WEIGHTS, {})
             return replace(found, max_rel_error=evaluation.max_rel_error(workload, model, dataset, given))
         wanted = reference.train(whole, workload, dataset)

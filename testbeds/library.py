@@ -95,7 +95,10 @@ def load(name_or_path: str) -> Testbed:
 
     Raises OrreryError for anything wrong with any of it.
     """
-    place, *asked = name_or_path.split("@")
+    place, *asked = [name_or_path] if name_or_path.endswith(".toml") else name_or_path.split("@")
+    if ".toml@" in name_or_path:  # the path of a file may have an @ of its own
+        folder, _, rest = name_or_path.rpartition(".toml@")
+        place, asked = f"{folder}.toml", rest.split("@")
     links = _links(name_or_path, asked)
     if place.endswith(".toml"):
         path = Path(place).expanduser()
@@ -177,6 +180,10 @@ def _load(path: Path, name: str, links: Mapping[str, Constant], count: int | Non
         **links,
     }
     link.close()
+    if links and medium == "loopback":
+        raise OrreryError(
+            f"{name}: nothing shapes the links of a testbed on loopback. Choose one with links of its own."
+        )
     if constants["tcp_efficiency"].value > 1:
         raise link.error("tcp_efficiency", f"is {constants['tcp_efficiency'].value}. It is a fraction, at most 1.")
     mbit_per_s = constants["nominal_mbit_per_s"].value * constants["tcp_efficiency"].value

@@ -18,6 +18,7 @@ from harness.models.layered import RESULTS, Layered
 from harness.models.shards import complete, fill
 from harness.optimizers import optimizer_for
 from harness.plan import Compute, Plan, Value
+from harness.plan.values import Range
 from harness.workload import Workload
 
 #: What torch's optimizers keep of each parameter, in the order in which it travels.
@@ -46,6 +47,7 @@ class ModelShard:
         for tensor in (*layered.root.parameters(), *layered.root.buffers()):
             if not tensor.is_meta:
                 tensor.data = tensor.data.to(device)
+        self._reads_batch: dict[Range, bool] = {}
         self._parameters: dict[str, list[nn.Parameter]] = {}
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
 
@@ -159,6 +161,12 @@ class ModelShard:
         """The next backward pass makes new ones. The memory lives as long as somebody holds the old ones."""
         for parameter in self.trained(name):
             parameter.grad = None
+
+    def reads_batch(self, units: Range) -> bool:
+        """Whether a pass over the units [units[0], units[1]) reads anything of the data set."""
+        if units not in self._reads_batch:
+            self._reads_batch[units] = self.layered.reads_batch(*units)
+        return self._reads_batch[units]
 
     def forward(
         self,

@@ -402,7 +402,8 @@ class Worker:
         phase = iteration.program.phase
         first = sum(phase.micro_batches[: action.micro_batch])
         ids = iteration.sample_ids[first + action.rows[0] : first + action.rows[1]]
-        batch = {name: tensor.to(self.shard.device) for name, tensor in self.dataset.batch(ids).items()}
+        read = self.dataset.batch(ids) if self.shard.reads_batch(action.units) else {}
+        batch = {name: tensor.to(self.shard.device) for name, tensor in read.items()}
         entering = {value.name: self._tensor(iteration, value) for value in action.reads}
         if pieces.is_part(action):  # modules take views of theirs for granted
             entering = {name: tensor.contiguous() for name, tensor in entering.items()}

@@ -250,13 +250,14 @@ def _save_answers(answers: Sequence[tuple[Sequence[int], Tensor]], job: Job) -> 
     """The logits of every request, with the samples that they are of."""
     samples = torch.tensor([sample for ids, _ in answers for sample in ids])
     logits = torch.cat([made.cpu() for _, made in answers])
-    save_file({"samples": samples, "logits": logits}, _saved_file(Path(job.folder), "answers", job.device))
+    path = _saved_file(Path(job.folder), f"answers-{job.generation}", job.device)
+    save_file({"samples": samples, "logits": logits}, path)
 
 
-def answers(folder: Path, devices: Sequence[str]) -> dict[int, Tensor]:
-    """What the devices have answered: of each sample the logits."""
+def answers(folder: Path, generation: int, devices: Sequence[str]) -> dict[int, Tensor]:
+    """What the devices of that generation have answered: of each sample the logits."""
     found: dict[int, Tensor] = {}
-    for path in (_saved_file(folder, "answers", device) for device in devices):
+    for path in (_saved_file(folder, f"answers-{generation}", device) for device in devices):
         if path.exists():
             saved = load_file(path)
             found.update(zip(saved["samples"].tolist(), saved["logits"], strict=True))

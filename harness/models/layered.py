@@ -97,6 +97,12 @@ class Layered:
                 todo.extend(unit.reads)
         return [unit for unit in self.local_units if unit.name in wanted]
 
+    def reads_batch(self, first: int, last: int) -> bool:
+        """Whether units [first, last), or the local units that they need, read a tensor of the batch."""
+        units = self.units[first:last]
+        wanted = {*self.inputs, "labels"}
+        return any(not wanted.isdisjoint(unit.reads) for unit in (*self.locals_of(units), *units))
+
     def run(
         self,
         first: int,

@@ -76,7 +76,11 @@ def _product(*ranges: Range) -> int:
 
 
 def broken_rule(action: Compute, costs: Costs) -> str:
-    """What is wrong with a pass over a part of its units; empty: nothing."""
+    """What is wrong with a pass over a part of its units, or with the part of the weights; empty: nothing."""
+    weights = [value for value in action.weights if value.name.startswith("weights@")]
+    other = next((value for value in weights if value.width != action.width), None)
+    if other is not None:
+        return f"its width is {action.width or 'all'}, and that of {other} {other.width or 'all'}"
     if not is_part(action):
         return ""
     units = costs.units[slice(*action.units)]
@@ -99,8 +103,7 @@ def broken_rule(action: Compute, costs: Costs) -> str:
         return "the width of one unit can be cut, and of that only where the unit says how"
     if not _within(action.width, width) or any(edge % cut.granule for edge in action.width):
         return f"its width is {action.width}; allowed is some of {width} channels in multiples of {cut.granule}"
-    other = next((v for v in action.weights if v.width is not None and v.width != action.width), None)
-    return "" if other is None else f"its width is {action.width}, and that of its weights {other.width}"
+    return ""
 
 
 def _within(part: Range, extent: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from itertools import pairwise
 from math import prod
@@ -79,6 +79,9 @@ def _check_passes(phase: Phase, costs: Costs) -> None:
                 f"phase {phase.name!r}: {device}: the shard has {found} micro-batches, the phase {wanted}"
             )
     for device, actions in phase.actions.items():
+        live = Counter(value.name for value in phase.live.get(device, ()))
+        if twice := [name for name, count in live.items() if count > 1]:
+            raise InvalidPlan(f"phase {phase.name!r}: {device} begins with two values of {twice[0]}")
         done: set[tuple[object, ...]] = set()
         for action in actions:
             if not isinstance(action, Compute):

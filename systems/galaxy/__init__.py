@@ -54,7 +54,7 @@ def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[st
 
 
 def _alternatives(costs: Costs, cluster: Cluster, workload: Workload) -> Iterator[tuple[tuple[str, ...], str]]:
-    """All schemes on the devices with most capacity, one more at a time, in the cluster's order."""
+    """All schemes on all devices, then without those of least capacity, one fewer each time, in the cluster's order."""
     task = problem(costs, shared_block(costs), cluster.devices, workload.batch_size, [0] * len(cluster.devices))
     ranked = sorted(range(len(cluster.names)), key=lambda i: (-task.capacities[i], i))
     for count in range(len(ranked), 0, -1):
@@ -72,7 +72,7 @@ def _within_memory(
     of: Callable[[Shares], Plan],
 ) -> Plan:
     """The plan of the split. What a device holds besides shared weights is what a plan is simulated to hold: first that
-    of the balanced split, and then, where it makes a difference, that of the one which fits beside it."""
+    of the balanced split, and then that of the one which fits beside it."""
     block, boards = shared_block(costs), [cluster.device(name) for name in devices]
     shares = even_shares(costs, len(devices))
     if how == EQUAL:
@@ -83,14 +83,14 @@ def _within_memory(
         assert found is not None
         room = _room(of(_shares(found, shares)), costs, cluster, devices, task, found)
         task = problem(costs, block, boards, workload.batch_size, room)
-        found = (exact if how == EXACT else heuristic)(task)
+        found = exact(task) if how == EXACT else heuristic(task) or exact(task)
         if found is None:
             missing = task.bytes - sum(max(0, r) for r in room)
             raise OutOfMemory(
                 f"the group of {len(devices)} devices",
                 task.bytes,
                 task.bytes - max(1, missing),
-                "for the shared weights of all layers",
+                "for the shared weights of all layers, in whole heads and columns",
             )
     assert found is not None
     return of(_shares(found, shares))

@@ -123,7 +123,7 @@ def balanced(task: Problem) -> Split:
 
 def heuristic(task: Problem) -> Split | None:
     """Step 1, then step 2: what overflows a device goes to those that have room, in proportion to capacity, until
-    nothing overflows. Columns move before heads, which are coarse. None where it fits nowhere."""
+    nothing overflows. Columns move before heads, which are coarse. None where it finds no way."""
     heads, columns = balanced(task)
     if task.fits(heads, columns):
         return heads, columns
@@ -160,10 +160,9 @@ def _fill(total: int, weights: Sequence[float], most: Sequence[int]) -> list[int
 
 
 def _move_a_head(task: Problem, heads: list[int]) -> list[int] | None:
-    """One head from where it wastes most room to where most is to spare; None where that is no use."""
+    """One head from where least room is left to where most is; None where that is no use."""
     rest = [room - a * task.head_bytes for room, a in zip(task.room, heads, strict=True)]
-    wasted = [r % task.column_bytes if r >= 0 else 0 for r in rest]
-    source = max((i for i, a in enumerate(heads) if a), key=lambda i: (-rest[i], wasted[i]))
+    source = min((i for i, a in enumerate(heads) if a), key=lambda i: rest[i])
     target = max(range(len(heads)), key=lambda i: rest[i])
     if source == target or rest[target] - task.head_bytes <= rest[source]:
         return None

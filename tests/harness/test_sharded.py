@@ -275,6 +275,18 @@ def test_every_channel_and_token_is_computed_once() -> None:
         validate(changed(plan, "device0", half_a_head), costs)
 
 
+def test_a_pass_has_the_width_of_its_weights() -> None:
+    """The engine computes with what a device holds: a pass that says otherwise would make something else."""
+    load = requests("bert-tiny", 1)
+    plan, costs = planned(load, HYBRID, 2)
+
+    def whole(action: object) -> object:
+        return replace(action, width=None) if isinstance(action, Compute) else action
+
+    with pytest.raises(InvalidPlan, match=r"its width is all, and that of weights@1:2.* \(0, 32\)"):
+        validate(changed(plan, "device0", whole), costs)
+
+
 def test_what_cannot_be_shared() -> None:
     with pytest.raises(Unsupported, match="inference only"):
         shared_block(profile.count(text_oracle.workload("bert-tiny")))

@@ -39,8 +39,8 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
 
 def test_every_environment_has_a_row_and_every_method_a_column(records: list[Record]) -> None:
     (group,) = latency.groups(records)
-    assert group.columns == ("galaxy", "galaxy (overlap=False)", "megatron", "standalone")
-    frame = latency.latencies(group).frame
+    assert group.columns == ("galaxy (overlap=True)", "galaxy (overlap=False)", "megatron", "standalone")
+    frame = latency.latencies("x", group).frame
     assert list(frame["testbed"]) == ["galaxy-e", "galaxy-e@1000mbit"]
     by_name = {(r.method, r.testbed, r.method_options.get("overlap")): r for r in records}
     assert frame["megatron"][0] == f"{by_name['megatron', 'galaxy-e', None].latency_s:.4g}"
@@ -48,7 +48,7 @@ def test_every_environment_has_a_row_and_every_method_a_column(records: list[Rec
 
 def test_ratios_are_of_the_first_method(records: list[Record]) -> None:
     (group,) = latency.groups(records)
-    table = latency.speedups(group)
+    table = latency.speedups("x", group)
     assert table is not None
     seconds = {(r.method, r.testbed): r.latency_s for r in records if r.method_options.get("overlap", True)}
     for _, row in table.frame.iterrows():
@@ -61,8 +61,8 @@ def test_what_did_not_fit_has_no_ratio(records: list[Record]) -> None:
     missing = {"status": "oom", "reason": "device1 needs more", "latency_s": None}
     changed = [r.model_copy(update=missing) if r.method == "megatron" else r for r in records]
     (group,) = latency.groups(changed)
-    assert set(latency.latencies(group).frame["megatron"]) == {"out of memory"}
-    table = latency.speedups(group)
+    assert set(latency.latencies("x", group).frame["megatron"]) == {"out of memory"}
+    table = latency.speedups("x", group)
     assert table is not None
     assert table.frame["megatron"].isna().all()
     assert "megatron" not in table.notes[0]

@@ -176,6 +176,18 @@ def test_links_that_make_no_sense_are_refused(asked: str) -> None:
         load(f"galaxy-e@{asked}")
 
 
+def test_nothing_shapes_loopback() -> None:
+    with pytest.raises(OrreryError, match="nothing shapes the links of a testbed on loopback"):
+        load("local-2@25mbit")
+
+
+def test_the_path_of_a_file_may_have_an_at_sign(tmp_path: Path) -> None:
+    folder = tmp_path / "me@lab"
+    folder.mkdir()
+    path = write(folder)
+    assert load(str(path)).cluster.latency_s != load(f"{path}@7ms").cluster.latency_s == 7e-3
+
+
 def test_demo_is_heterogeneous() -> None:
     cluster = load("demo-hetero-3").cluster
     assert [d.profile for d in cluster.devices] == ["jetson-nano-10w", "jetson-tx2-maxn", "jetson-xavier-nx-15w"]
