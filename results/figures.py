@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 GIB = 2**30
 #: Share of the room between two models that their bars fill, as seaborn draws them.
 BARS = 0.8
+#: A bar's place, up to the widest figure; letters that stand side by side in a legend of the narrowest one.
+INCHES_PER_BAR, MOST_INCHES, LEGEND_LETTERS = 0.3, 14.0, 95
+#: How near to white the last of many labels of one method comes.
+PALEST = 0.8
 #: What stands behind a number that a line may cross.
 ON_PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
 #: Iterations that one point of the smoothed loss curve averages.
@@ -64,6 +68,22 @@ def draw(setting: Setting, folder: Path) -> Iterator[Figure]:
             yield _loss(setting, record, folder / f"{setting.name}-{label}-{record.model}-{record.mode}-loss")
 
 
+def _palette(setting: Setting, records: Sequence[Record]) -> dict[str, tuple[float, ...]]:
+    """The method's colour, the lighter the later of several labels of one method."""
+    from matplotlib.colors import to_rgb
+
+    labels: dict[str, list[str]] = {}
+    for record in records:
+        of_method = labels.setdefault(record.method, [])
+        if setting.label(record) not in of_method:
+            of_method.append(setting.label(record))
+    return {
+        label: tuple(part + (1 - part) * PALEST * place / len(of_method) for part in to_rgb(colour(method)))
+        for method, of_method in labels.items()
+        for place, label in enumerate(of_method)
+    }
+
+
 def _bars(setting: Setting, records: Sequence[Record], path: Path, memory: bool) -> Figure:
     """One bar per model and method; a run that did not fit is marked, with what it would have needed."""
     import seaborn
@@ -79,9 +99,9 @@ def _bars(setting: Setting, records: Sequence[Record], path: Path, memory: bool)
         for record in records
     )
     models, methods = list(dict.fromkeys(frame["model"])), list(dict.fromkeys(frame["method"]))
-    palette = {setting.label(record): colour(record.method) for record in records}
+    palette = _palette(setting, records)
     with _style():
-        drawing, axes = _blank(7.0, 3.2)
+        drawing, axes = _blank(max(7.0, min(MOST_INCHES, INCHES_PER_BAR * len(models) * len(methods))), 3.2)
         seaborn.barplot(frame, x="model", y=unit, hue="method", order=models, hue_order=methods, palette=palette,
                         saturation=1, ax=axes)  # fmt: skip
         top = float(frame[unit].max()) or 1.0
@@ -101,7 +121,9 @@ def _bars(setting: Setting, records: Sequence[Record], path: Path, memory: bool)
             axes.text(1.005, nbytes / GIB, boards, transform=axes.get_yaxis_transform(), va="center", fontsize=7)
         axes.set_ylim(0, max([top, *(nbytes / GIB for nbytes in limits)]) * 1.16)
         axes.set(xlabel="", ylabel=f"peak memory, {unit}" if memory else unit)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(methods), frameon=False, borderaxespad=0.2)
+        columns = max(1, LEGEND_LETTERS // (max(map(len, methods)) + 6))
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=min(columns, len(methods)), frameon=False,
+                    borderaxespad=0.2)  # fmt: skip
         _save(drawing, path, frame)
     what = "Peak memory of the worst device" if memory else "Throughput"
     marks = " Hatched: what a run that does not fit would need." if memory else " A run without a bar did not fit."

@@ -57,6 +57,8 @@ class Setting:
         weights = f"weights from {r.checkpoint}" if r.checkpoint else "weights from a seed"
         clipping = "" if r.clip_norm is None else f", gradients clipped to a norm of {r.clip_norm:g}"
         attention = f", {r.attn_implementation} attention" if r.seq_len else ""
+        if r.technique == "inference":
+            return f"Samples: {r.num_samples}, in requests of {r.batch_size}, {shape}, {r.dtype}{attention}, {weights}."
         return (
             f"{rounds} of {r.num_samples} samples, batch {r.batch_size}, {shape}, {r.optimizer} with learning rate "
             f"{r.learning_rate:g}{clipping}, {r.dtype}{attention}, {dropout}, {weights}."
