@@ -15,7 +15,7 @@ embeddings make, and collects those of what the last layer makes.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -160,10 +160,7 @@ class Sharded:
     @cached_property
     def _tied(self) -> frozenset[str]:
         """Parameters that several units use."""
-        seen: dict[str, int] = defaultdict(int)
-        for unit in self.costs.units:
-            for name in unit.parameters:
-                seen[name] += 1
+        seen = Counter(name for unit in self.costs.units for name in unit.parameters)
         return frozenset(name for name, uses in seen.items() if uses > 1)
 
     @cached_property
@@ -270,7 +267,6 @@ class _Member:
     def __init__(self, sharded: Sharded, number: int, rows: int) -> None:
         self.sharded, self.costs, self.block = sharded, sharded.costs, sharded.block
         self.number, self.rows, self.count = number, rows, len(sharded.devices)
-        self.device = sharded.devices[number]
         self.right = sharded.devices[(number + 1) % self.count]
         self.left = sharded.devices[(number - 1) % self.count]
         self.whole: Range = (0, self.block.tokens)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from harness.models.layered import Layered
-
-Range = tuple[int, int]
+from harness.plan.values import Range
 
 
 @dataclass(frozen=True)

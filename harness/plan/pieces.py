@@ -8,6 +8,8 @@ Whatever is of another kind is done whole.
 
 from __future__ import annotations
 
+from math import prod
+
 from harness.costs import Costs, UnitCost
 from harness.plan.actions import Compute
 from harness.plan.values import Range, Value
@@ -65,14 +67,7 @@ def fraction(action: Compute, costs: Costs) -> float:
     if not is_part(action):
         return 1.0
     unit = costs.units[action.units[0]]
-    return _product(*spans(action, unit, costs)) / _product(*((0, extent) for extent in extents(unit, costs)))
-
-
-def _product(*ranges: Range) -> int:
-    product = 1
-    for low, high in ranges:
-        product *= high - low
-    return product
+    return prod(high - low for low, high in spans(action, unit, costs)) / prod(extents(unit, costs))
 
 
 def broken_rule(action: Compute, costs: Costs) -> str:
