@@ -25,8 +25,8 @@ ALL = "all"
 CHOICES = (ALL, "fastest")
 #: `overlap`: transfers run tile by tile beside the products that they feed, or that feed them. `tiles`: pieces of each
 #: device's tokens on their way round the ring. `split`: of heads and columns, by a "heuristic" that stands for the
-#: paper's (assumed), the "exact" one, or "equal". `choose`: hybrid parallelism on "all" devices, as in the paper, or the
-#: "fastest" of all schemes on some or all of them, as simulated.
+#: paper's (assumed), the "exact" one, or "equal". `choose`: hybrid parallelism on "all" devices, as in the paper, or
+#: the "fastest" of all schemes on some or all of them, as simulated.
 OPTIONS: dict[str, object] = {"overlap": True, "tiles": 1, "split": PAPER, "choose": ALL}
 
 
