@@ -25,7 +25,7 @@ def test_plan_and_simulate_4_stages_of_64_micro_batches(benchmark):
     workload = Workload("toy", "toy", num_samples=64, batch_size=64)
 
     def work():
-        return simulate(gpipe.plan(workload, costs, testbed, {"micro_batch_size": 1}), costs, testbed)
+        return simulate(gpipe.plan(workload, costs, testbed, {**gpipe.OPTIONS, "micro_batch_size": 1}), costs, testbed)
 
     assert benchmark(work).total_s > 0
 

@@ -44,6 +44,8 @@ WARM_UPS = 2
 LEAST_S, MOST_REPEATS = 1.0, 50
 #: Between iterations the core is timed for so long.
 CORE_S = 0.01
+#: A shorter iteration would tell of the cold caches that it finds after that: one is run before it, which is not timed.
+SHORT_S = 0.1
 #: A forward pass of more takes seconds on one core, and all of them minutes: then we say what is going on.
 LONG_FLOPS = 5e10
 
@@ -57,14 +59,22 @@ def on_this_machine(workload: Workload, costs: Costs, rows: Sequence[int]) -> Co
     Times depend on shapes, not on words.
     """
     samples = datasets.load(replace(workload, dataset="synthetic", num_samples=max(workload.batch_size, *rows)))
+
+    def batch_of(count: int) -> Mapping[str, Tensor]:
+        return samples.batch(range(count))
+
     with one_thread():
-        return measured(workload, costs, lambda count: samples.batch(range(count)), rows)
+        found = measured(workload, costs, batch_of, rows)
+        if costs.decoding is None:
+            return found
+        return replace(found, decoding=measured(workload, costs.decoding, batch_of, rows))
 
 
 def measured(
     workload: Workload, costs: Costs, batch_of: Batches, rows: Sequence[int], repeats: int = 7, least_s: float = LEAST_S
 ) -> Costs:
-    """`costs` with the seconds of every unit on this machine as `measured["local"]`.
+    """`costs`, which may be those of one more token, with the seconds of every unit on this machine as
+    `measured["local"]`.
 
     `batch_of(rows)` gives the tensors of that many samples by name, labels included. Measured once per machine,
     number of threads and content, then read from the cache beside the counted costs.
@@ -77,6 +87,7 @@ def measured(
         "least_s": least_s,
         "dropout": "keyed",
         "freed memory": "kept",
+        "caches": "warm",
     }
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
     path = store.folder() / f"{costs.key}-{digest}.json"
@@ -86,6 +97,10 @@ def measured(
             print(f"measuring the units of {workload.model} on this machine, once", file=sys.stderr, flush=True)
         keep_freed_memory()
         layered = build(workload)
+        if costs.decodes:
+            batch_of = _after_prompt(layered, batch_of)
+            assert layered.decoding is not None
+            layered = layered.decoding
         optimizer = None
         if workload.training:
             optimizer = optimizer_for(workload, [p for p in layered.root.parameters() if p.requires_grad])
@@ -96,6 +111,19 @@ def measured(
         measured={**costs.measured, LOCAL: timed.seconds},
         core_flops_per_s={**costs.core_flops_per_s, LOCAL: timed.core_flops_per_s},
     )
+
+
+def _after_prompt(layered: Layered, batch_of: Batches) -> Batches:
+    """What one more token is made from: what is kept of a prompt, and the place in it that comes next."""
+
+    def following(rows: int) -> Mapping[str, Tensor]:
+        prompt = dict(batch_of(rows))
+        with torch.no_grad():
+            made = layered.run(0, len(layered.units), dict(prompt), wanted=layered.kept)
+        position = torch.tensor([prompt["input_ids"].shape[1]])
+        return {**prompt, **{name: made[name] for name in layered.kept}, "cache_position": position}
+
+    return following
 
 
 def measure_units(
@@ -124,6 +152,8 @@ def measure_units(
         found: list[float] = []
         began = perf_counter()
         while len(plain) < WARM_UPS + (repeats if perf_counter() - began >= least_s else MOST_REPEATS):
+            if not plain or max(end for _, end in plain[-1].values()) - plain[-1][FORWARD][0] < SHORT_S:
+                _iteration(layered, batch, count, optimizer)
             plain.append(_iteration(layered, batch, count, optimizer))
             stamped.append(_stamped_iteration(layered, batch, count))
             found.append(core.flops_per_s(CORE_S))
