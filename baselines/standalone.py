@@ -9,7 +9,8 @@ from harness.costs import Costs
 from harness.errors import unknown_name
 from harness.plan import Plan
 from harness.schedules import Stage
-from harness.search import plan_pipeline
+from harness.search import fastest, plan_pipeline
+from harness.sharded import SEQUENCE, even_shares, plan_sharded
 from harness.workload import Workload
 
 #: device: which one, by name; the cluster's first unless said otherwise.
@@ -21,5 +22,10 @@ def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[st
     device = str(options.get("device") or cluster.names[0])
     if device not in cluster.names:
         raise unknown_name("device of the testbed", device, cluster.names)
+    if workload.new_tokens is not None:
+        shares = even_shares(costs, 1)
+        return fastest(
+            [lambda: plan_sharded("standalone", workload, costs, [device], SEQUENCE, shares)], costs, cluster
+        )
     stage = Stage((0, len(costs.units)), (device,), (1,))
     return plan_pipeline("standalone", workload, costs, cluster, lambda size: ([stage], lambda count: [1]), options)

@@ -60,6 +60,10 @@ NumSamples = Annotated[int | None, typer.Option("--num-samples", help="default: 
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="default: 16")]
 SeqLen = Annotated[int | None, typer.Option("--seq-len", help="tokens; default: the data set's")]
 DecoderSeqLen = Annotated[int | None, typer.Option("--decoder-seq-len", help="tokens; default: 1")]
+NewTokens = Annotated[
+    int | None,
+    typer.Option("--new-tokens", help="that each request generates, with inference; default: it is classified"),
+]
 ImageSize = Annotated[int | None, typer.Option("--image-size", help="pixels; default: the data set's")]
 Epochs = Annotated[int | None, typer.Option("--epochs", help="default: 1")]
 Steps = Annotated[int | None, typer.Option("--steps", help="iterations, instead of epochs")]
@@ -140,6 +144,7 @@ def profile(
     batch_size: BatchSize = None,
     seq_len: SeqLen = None,
     decoder_seq_len: DecoderSeqLen = None,
+    new_tokens: NewTokens = None,
     image_size: ImageSize = None,
     dtype: Dtype = None,
     attn_implementation: Attention = None,
@@ -166,6 +171,7 @@ def plan(
     batch_size: BatchSize = None,
     seq_len: SeqLen = None,
     decoder_seq_len: DecoderSeqLen = None,
+    new_tokens: NewTokens = None,
     image_size: ImageSize = None,
     epochs: Epochs = None,
     steps: Steps = None,
@@ -215,6 +221,7 @@ def run(
     batch_size: BatchSize = None,
     seq_len: SeqLen = None,
     decoder_seq_len: DecoderSeqLen = None,
+    new_tokens: NewTokens = None,
     image_size: ImageSize = None,
     epochs: Epochs = None,
     steps: Steps = None,

@@ -36,8 +36,8 @@ HIGHER_IS_BETTER = {"throughput_samples_per_s": True} | dict.fromkeys(
 #: What says that two records answer the same question.
 IDENTITY = (
     *("method", "method_options", "technique", "technique_options", "model", "dataset", "num_samples", "seq_len"),
-    *("decoder_seq_len", "image_size", "batch_size", "epochs", "steps", "optimizer", "learning_rate", "clip_norm"),
-    *("dropout", "dtype", "attn_implementation", "checkpoint", "testbed", "mode"),
+    *("decoder_seq_len", "new_tokens", "image_size", "batch_size", "epochs", "steps", "optimizer", "learning_rate"),
+    *("clip_norm", "dropout", "dtype", "attn_implementation", "checkpoint", "testbed", "mode"),
 )
 
 

@@ -135,7 +135,9 @@ class Costs:
     `inputs` are the tensors that every device reads from its own copy of the data, by sample id.
     `measured[table][direction]` holds, per unit (chain, then local), measured seconds as ((rows, seconds), ...);
     `measured[table]["update"]` likewise the optimizer's update, which does not depend on rows.
-    `loaded` are those of the inputs that a cache of the frozen part's results provides (see `cached`).
+    `loaded` are those of the inputs that are values of the plan: what a cache of the frozen part's results provides
+    (see `cached`), or what was kept of the tokens before. `kept` are tensors that outlive a pass, on the device that
+    makes them. Where tokens are generated this is the chain of the prompt, and `decoding` that of one more token.
     `core_flops_per_s[table]` is what a core of the measured machine did at that time (see `harness.profile.core`).
     `key` identifies the content: same key, same costs.
     """
@@ -150,6 +152,13 @@ class Costs:
     measured: dict[str, dict[str, tuple[tuple[tuple[int, float], ...], ...]]] = field(default_factory=dict, hash=False)
     core_flops_per_s: dict[str, float] = field(default_factory=dict, hash=False)
     loaded: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    decoding: Costs | None = None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether this is the chain of one more token."""
+        return bool(self.loaded) and not self.training
 
     @cached_property
     def cacheable(self) -> tuple[str, ...]:
@@ -330,7 +339,7 @@ class Costs:
     def _forward_workspace(self, first: int, last: int, rows: int) -> float:
         units = list(self.executed(first, last))
         last_use = {name: index for index, unit in enumerate(units) for name in (*unit.writes, *unit.reads)}
-        stays = {*self.saves(first, last), *self.carried(last), *units[-1].writes}
+        stays = {*self.saves(first, last), *self.carried(last), *units[-1].writes, *self.kept}
         written: set[str] = set()
         alive, worst = 0.0, 0.0
         for index, unit in enumerate(units):
@@ -377,7 +386,8 @@ class Costs:
         """Time of one pass of `rows` rows over the range on the device; of that `fraction` of their tokens and width.
 
         A part has its share of the FLOPs, and as many kernels as the whole; of a measured time, which does not tell one
-        from the other, it has its share.
+        from the other, it has its share. One more token takes as long as the memory needs to give what every unit
+        reads, where that is longer than the arithmetic: rates of products are those of many tokens.
         """
         if rows == 0:
             return 0.0
@@ -387,9 +397,22 @@ class Costs:
             if device.measured is not None:
                 measured = self.measured_seconds(device.measured, first, last, direction, rows)
                 cache[key] = measured * fraction / device.share
+            elif self.decodes:
+                units = self.executed(first, last)
+                cache[key] = sum(
+                    _rated_seconds(
+                        device, unit.work(direction), direction, rows, fraction, self._read_bytes(unit, rows)
+                    )
+                    for unit in units
+                )
             else:
                 cache[key] = _rated_seconds(device, self.work(first, last, direction), direction, rows, fraction)
         return cache[key]
+
+    def _read_bytes(self, unit: UnitCost, rows: int) -> int:
+        """Of the weights, of which an embedding reads next to nothing, and of what was kept of the tokens before."""
+        weights = 0 if unit.kind == "embedding" else sum(self.parameters[name].bytes for name in unit.parameters)
+        return weights + self._bytes((name for name in unit.reads if name in self.loaded), rows)
 
     def update_seconds(self, device: Device, first: int, last: int, nbytes: int) -> float:
         """Time of the optimizer's update of the range, which reads and writes `nbytes` of memory."""
@@ -415,9 +438,12 @@ def _emptied(unit: UnitCost) -> UnitCost:
     return UnitCost(unit.name, unit.layer, unit.kind, (), (), Work(), Work(), nothing, (), nothing, nothing, ())
 
 
-def _rated_seconds(device: Device, work: Work, direction: str, rows: int, fraction: float) -> float:
-    """Kernel launches plus the fraction of the FLOPs over the achieved rate of each operator class."""
-    seconds = work.kernels.at(rows) * device.kernel_overhead_s
+def _rated_seconds(
+    device: Device, work: Work, direction: str, rows: int, fraction: float, read_bytes: int = 0
+) -> float:
+    """Kernel launches plus the fraction of the FLOPs over the achieved rate of each operator class, or of the bytes
+    read over the memory's bandwidth where that is more."""
+    seconds = 0.0
     for operator in OPERATOR_CLASSES:
         flops = getattr(work, operator).at(rows) * fraction
         if not flops:
@@ -428,7 +454,9 @@ def _rated_seconds(device: Device, work: Work, direction: str, rows: int, fracti
                 f"Choose a device with a known rate, or add `efficiency_{operator}` to a device file of your own."
             )
         seconds += flops / device.rates[operator][DIRECTIONS.index(direction)]
-    return seconds
+    if read_bytes:
+        seconds = max(seconds, read_bytes * fraction / device.memory_bandwidth)
+    return work.kernels.at(rows) * device.kernel_overhead_s + seconds
 
 
 def _interpolate(points: tuple[tuple[int, float], ...], rows: int) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin
 
 from harness import datasets, metrics, models
 from harness.errors import Broken
@@ -47,13 +48,18 @@ def evaluate(workload: Workload, layered: Layered, data_dir: Path | None) -> flo
 def max_rel_error(workload: Workload, layered: Layered, dataset: Dataset, answers: Mapping[int, Tensor]) -> float:
     """Largest |a - b| / max|b| of the logits that devices have answered, from those of the unsharded model.
 
-    answers: of every sample that is asked for [labels]. Raises Broken where one is missing.
+    answers: of every sample that is asked for [answers, labels], one where it is classified, or of every token that is
+    generated [answers, tokens]. Raises Broken where one is missing.
     """
     requests = sum(repeat for _, repeat in workload.batches())
     samples = sorted({sample for ids in islice(datasets.batches(workload), requests) for sample in ids})
     if missing := [sample for sample in samples if sample not in answers]:
         raise Broken(f"No device has answered {len(missing)} of {len(samples)} samples, {missing[0]} among them.")
-    wanted, found = _logits(layered, dataset, samples), torch.stack([answers[sample] for sample in samples])
+    if workload.new_tokens is None:
+        wanted = _logits(layered, dataset, samples).unsqueeze(1)
+    else:
+        wanted = _generated(layered, dataset, samples, workload.new_tokens)
+    found = torch.stack([answers[sample] for sample in samples])
     return ((found - wanted).abs().max() / wanted.abs().max()).item()
 
 
@@ -66,3 +72,19 @@ def _logits(layered: Layered, dataset: Dataset, samples: Sequence[int]) -> Tenso
                 for first in range(0, len(samples), ROWS)
             ]
         )
+
+
+def _generated(layered: Layered, dataset: Dataset, samples: Sequence[int], new_tokens: int) -> Tensor:
+    """The logits from which the whole model chooses, by transformers' own generation: [samples, new tokens, tokens]."""
+    root = layered.root
+    assert isinstance(root, GenerationMixin)
+    root.generation_config, root.config.pad_token_id = GenerationConfig(), None  # all tokens are text, none ends it
+    chosen = GenerationConfig(
+        max_new_tokens=new_tokens, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    found = []
+    for sample in samples:
+        batch = dataset.batch([sample])
+        made = root.generate(batch["input_ids"], chosen, attention_mask=batch["attention_mask"])
+        found.append(torch.cat(made.logits))
+    return torch.stack(found)

@@ -49,6 +49,7 @@ KEYS: dict[str, dict[str, type]] = {
         "batch_size": int,
         "seq_len": int,
         "decoder_seq_len": int,
+        "new_tokens": int,
         "image_size": int,
         "num_channels": int,
         "num_samples": int,

@@ -21,6 +21,8 @@ REPEATED = (
     "device_time_per_sample_s",
     "throughput_samples_per_s",
     "latency_s",
+    "prefill_time_s",
+    "time_per_token_s",
     "comm_time_s",
     "compute_time_s",
     "bubble_fraction",
@@ -39,6 +41,7 @@ def measure(trace: Trace, workload: Workload, cluster: Cluster, epochs_before: i
     `bubble_fraction`: 1 - mean over devices of (compute-queue seconds / total time): waiting for others and
     for transfers alike. With equal stages and free transfers it is (p-1)/(m+p-1) for GPipe and 1F1B.
     """
+    requests = sum(repeat for _, repeat in workload.batches())
     samples, total = workload.total_samples - epochs_before * workload.num_samples, trace.total_s
     computing = [trace.busy_s[device].get(COMPUTE, 0.0) for device in trace.devices]
     networking = [trace.busy_s[device].get(queue, 0.0) for device in trace.devices for queue in (NIC_OUT, NIC_IN)]
@@ -47,7 +50,8 @@ def measure(trace: Trace, workload: Workload, cluster: Cluster, epochs_before: i
         "time_per_sample_s": total / samples,
         "device_time_per_sample_s": sum(computing) / samples,
         "throughput_samples_per_s": samples / total,
-        "latency_s": None if workload.training else total / sum(repeat for _, repeat in workload.batches()),
+        "latency_s": None if workload.training else total / requests,
+        **({} if workload.new_tokens is None else _generation(trace, requests)),
         "phases": [
             {
                 "name": phase.name,
@@ -66,6 +70,16 @@ def measure(trace: Trace, workload: Workload, cluster: Cluster, epochs_before: i
         "bubble_fraction": 1 - sum(computing) / len(computing) / total,
         **memory(trace),
         **energy(trace, cluster),
+    }
+
+
+def _generation(trace: Trace, requests: int) -> dict[str, float | None]:
+    """How long a request takes up to its first new token, and every further token of it."""
+    tokens = sum(phase.repeat for phase in trace.phases if phase.decoding)
+    decoding = sum(phase.time_s for phase in trace.phases if phase.decoding)
+    return {
+        "prefill_time_s": sum(phase.time_s for phase in trace.phases if not phase.decoding) / requests,
+        "time_per_token_s": decoding / tokens if tokens else None,
     }
 
 

@@ -122,6 +122,7 @@ class Record(Part):
     num_samples: int = Field(description="samples per epoch")
     seq_len: int | None = Field(description="tokens; null for images")
     decoder_seq_len: int = Field(description="tokens of encoder-decoder models; 1 with a classifier head")
+    new_tokens: int | None = Field(default=None, description="generated per request; null: it is classified")
     image_size: int | None = Field(description="pixels; null for text")
     batch_size: int
     micro_batch_size: int | None = Field(default=None, description="rows of the largest micro-batch of the plan")
@@ -155,8 +156,10 @@ class Record(Part):
     )
     throughput_samples_per_s: float | None = None
     latency_s: float | None = Field(default=None, description="inference: time per request, which is one batch")
-    prefill_time_s: float | None = None
-    time_per_token_s: float | None = None
+    prefill_time_s: float | None = Field(
+        default=None, description="generation: time of a request up to its first new token"
+    )
+    time_per_token_s: float | None = Field(default=None, description="generation: time of every further token")
     phases: list[PhaseRecord] | None = None
     repeats: int = 1
     iqr: dict[str, float] | None = Field(

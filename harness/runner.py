@@ -335,13 +335,17 @@ def _must_fit_the_question(plan: Plan, costs: Costs, request: Request) -> None:
     """A plan from a file may have been made for another model, testbed or amount of data."""
     cluster, workload = request.testbed.cluster, request.workload
     strangers = [device for device in plan.devices if device not in cluster.names]
-    samples = sum(phase.batch_size * phase.repeat for phase in plan.phases if phase.shards)
+    samples = sum(phase.batch_size * phase.repeat for phase in plan.phases if phase.shards and not phase.decoding)
+    tokens = sum(phase.batch_size * phase.repeat for phase in plan.phases if phase.decoding)
+    wanted_tokens = workload.total_samples * ((workload.new_tokens or 1) - 1)
     if strangers:
         found = f"uses {', '.join(strangers)}, and {cluster.name} has {', '.join(cluster.names)}"
     elif plan.num_units != len(costs.units):
         found = f"cuts a model of {plan.num_units} units, and {workload.model} has {len(costs.units)}"
     elif samples != workload.total_samples:
         found = f"processes {samples} samples, and the workload has {workload.total_samples}"
+    elif tokens != wanted_tokens:
+        found = f"makes {tokens} tokens after the first of each request, and the workload has {wanted_tokens}"
     elif plan.phases and plan.phases[0].cached and request.cache_dir is None:
         raise OrreryError(
             f"The plan of {request.method.name} begins with {plan.phases[0].name!r}, which reads from a cache, and no "

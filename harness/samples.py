@@ -34,7 +34,8 @@ class Dataset(Protocol):
 class Texts:
     """Token and segment ids [samples, seq_len] and lengths [samples], in their smallest types.
 
-    `decoder_start` are the decoder's tokens of every sample, the start token only: the answer is the label.
+    `decoder_start` are the decoder's tokens of every sample, the start token only: the answer is the label. With
+    `padded_left` a text ends with the last token, as one that is to go on must.
     """
 
     ids: Tensor
@@ -42,6 +43,7 @@ class Texts:
     lengths: Tensor
     labels: Tensor
     decoder_start: Tensor | None
+    padded_left: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -49,9 +51,11 @@ class Texts:
     def batch(self, sample_ids: Sequence[int]) -> dict[str, Tensor]:
         rows = torch.as_tensor(sample_ids)
         ids = self.ids[rows].long()
+        place = torch.arange(ids.shape[1])
+        place = place.flip(0) if self.padded_left else place
         values = {
             "input_ids": ids,
-            "attention_mask": (torch.arange(ids.shape[1]) < self.lengths[rows, None]).long(),
+            "attention_mask": (place < self.lengths[rows, None]).long(),
             "token_type_ids": self.types[rows].long(),
             "labels": self.labels[rows],
         }
@@ -88,7 +92,9 @@ def save(dataset: Dataset, path: Path) -> None:
     fields = vars(dataset)
     tensors = {name: value.contiguous() for name, value in fields.items() if isinstance(value, Tensor)}
     about = {"kind": type(dataset).__name__}
-    if isinstance(dataset, Images):
+    if isinstance(dataset, Texts):
+        about["padded"] = "left" if dataset.padded_left else "right"
+    else:
         about |= {name: str(fields[name]) for name in ("white", "image_size", "num_channels")}
         about["dtype"] = str(dataset.dtype).removeprefix("torch.")
     write_whole(path, lambda part: save_file(tensors, part, about))
@@ -104,7 +110,7 @@ def read(path: Path) -> Dataset:
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
         if about.get("kind") == "Texts":
-            return Texts(**{"decoder_start": None, **tensors})
+            return Texts(**{"decoder_start": None, **tensors}, padded_left=about["padded"] == "left")
         if about.get("kind") == "Images":
             dtype: torch.dtype = getattr(torch, about["dtype"])
             size, channels = int(about["image_size"]), int(about["num_channels"])
@@ -135,12 +141,16 @@ def texts(spec: DatasetSpec, workload: Workload, data_dir: Path | None, split: s
         encoded = tokenizer.encode(chosen, [samples[row] for row in rows], workload.seq_len, vocabulary.pad)
     regression = spec.num_labels == 1
     start = vocabulary.decoder_start
+    generates = workload.new_tokens is not None
+    if generates:
+        encoded = tokenizer.padded_left(encoded)
     return Texts(
         ids=torch.from_numpy(encoded.ids),
         types=torch.from_numpy(encoded.types),
         lengths=torch.from_numpy(encoded.lengths),
         labels=torch.from_numpy(labels).to(getattr(torch, workload.dtype) if regression else torch.long),
         decoder_start=None if start is None else torch.full((workload.decoder_seq_len,), start),
+        padded_left=generates,
     )
 
 

@@ -11,6 +11,10 @@ Three schemes, over one ring of devices:
 
 The first device of the ring leads: it alone has the embeddings and the head. It hands out the tokens of what the
 embeddings make, and collects those of what the last layer makes.
+
+Where tokens are generated the prompt is done so, and every device keeps the keys and values of its heads. One token
+can't be shared: after "hybrid" and "tensor" every further one is done by width with sums everywhere. After "sequence",
+where weights are whole and the leader has all keys and values, it does that alone.
 """
 
 from __future__ import annotations
@@ -133,6 +137,15 @@ class Sharded:
             for low, high in self.tokens
         ]
 
+    @cached_property
+    def further(self) -> Sharded | None:
+        """What follows a prompt, where tokens are generated: one more token, which is the leader's."""
+        if self.costs.decoding is None:
+            return None
+        scheme = SEQUENCE if self.scheme == SEQUENCE else TENSOR
+        tokens = (1, *[0] * (len(self.devices) - 1))
+        return Sharded(self.costs.decoding, self.devices, scheme, replace(self.shares, tokens=tokens))
+
     def adds_biases(self, unit: UnitCost) -> int:
         """The number of the device that adds the unit's whole biases to the sum: the first that has a part of it."""
         return next(i for i, part in enumerate(self.channels(unit)) if part is None or part[0] < part[1])
@@ -140,6 +153,17 @@ class Sharded:
     def held(self, device: int) -> Range:
         """The units that the device has something of."""
         return (0, len(self.costs.units)) if device == 0 else (self.block.first, self.block.last)
+
+    def kept(self, device: int, rows: int) -> tuple[Value, ...]:
+        """What the device keeps of a prompt for the tokens to come."""
+        found = []
+        for number, unit in enumerate(self.costs.units):
+            shared = self.block.first <= number < self.block.last and self.scheme != SEQUENCE
+            part = self.channels(unit)[device] if shared else None
+            if (part[0] < part[1]) if part is not None else (device == 0):
+                names = (name for name in unit.writes if name in self.costs.kept)
+                found += [Value(name, 0, (0, rows), None, part) for name in names]
+        return tuple(found)
 
     def weights(self, number: int, device: int) -> tuple[Value, ...]:
         """The values that hold the device's weights of a unit."""
@@ -179,22 +203,34 @@ class Sharded:
                 tensors[f"weights:{name}"] = Tensor("weights", 1, parameters[name].numel, parameters[name].itemsize)
             for name in unit.writes:
                 cost = self.costs.tensors[name]
-                tensors[name] = Tensor("activations", cost.tokens, cost.width, cost.itemsize, per_row=True)
+                kind = "cache" if name in self.costs.kept else "activations"
+                tensors[name] = Tensor(kind, cost.tokens, cost.width, cost.itemsize, per_row=True)
         for number in range(len(self.devices)):
             first, last = self.held(number)
             if buffers := self.costs.buffers_bytes(first, last):
                 tensors[f"buffers@{first}:{last}"] = Tensor("buffers", 1, buffers)
         return tensors
 
-    def phase(self, rows: int, name: str = "infer", repeat: int = 1) -> Phase:
-        """One request of so many rows."""
-        actions, live = {}, {}
+    def phase(
+        self, rows: int, name: str = "infer", repeat: int = 1, prompt: Sharded | None = None, ends: bool = False
+    ) -> Phase:
+        """One request of so many rows. After a `prompt`: one more token of it, and with `ends` the last one."""
+        actions, live, leaves = {}, {}, {}
         for number, device in enumerate(self.devices):
             first, last = self.held(number)
             held = dict.fromkeys(value for unit in range(first, last) for value in self.weights(unit, number))
             buffers = Value(f"buffers@{first}:{last}")
-            live[device] = (*held, *((buffers,) if buffers.name in self.tensors else ()))
-            actions[device] = _with_frees(_Member(self, number, rows).request())
+            standing = (*held, *((buffers,) if buffers.name in self.tensors else ()))
+            before = () if prompt is None else prompt.kept(number, rows)
+            after = self.kept(number, rows) if prompt is None else before
+            renewed = [value for value in before if value.name in self.costs.kept]
+            live[device] = (*standing, *before)
+            leaves[device] = standing if ends else (*standing, *after)
+            actions[device] = _with_frees(
+                _Member(self, number, rows).request(),
+                before if ends else renewed,
+                () if ends else after if prompt is None else [value._replace(version=1) for value in renewed],
+            )
         return Phase(
             name=name,
             micro_batches=(rows,),
@@ -203,6 +239,8 @@ class Sharded:
             live=live,
             repeat=repeat,
             training=False,
+            leaves={} if leaves == live else leaves,
+            decoding=prompt is not None,
         )
 
 
@@ -240,15 +278,16 @@ def plan_sharded(
 ) -> Plan:
     """All requests of the workload under the scheme. Raises Unsupported where the layers can't be shared."""
     sharded = Sharded(costs, tuple(devices), scheme, shares, overlap, tiles)
-    built: dict[tuple[int, int], Phase] = {}
+    built: dict[tuple[int, int], tuple[Phase, ...]] = {}
     for rows, repeat in workload.batches():
-        name = "infer" if rows == workload.batch_size else "infer last batch"
-        built[rows, repeat] = built.get((rows, repeat)) or sharded.phase(rows, name, repeat)
+        batch = "" if rows == workload.batch_size else " last batch"
+        built[rows, repeat] = built.get((rows, repeat)) or _requests(sharded, rows, repeat, workload.new_tokens, batch)
+    further = {} if sharded.further is None else sharded.further.tensors
     return Plan(
         method=method,
         num_units=len(costs.units),
-        tensors=sharded.tensors,
-        phases=tuple(built[batch] for batch in workload.batches()),
+        tensors=sharded.tensors | further,
+        phases=tuple(phase for batch in workload.batches() for phase in built[batch]),
         summary={
             "scheme": scheme,
             "devices": list(devices),
@@ -259,6 +298,21 @@ def plan_sharded(
             "tiles": tiles,
         },
     )
+
+
+def _requests(sharded: Sharded, rows: int, repeat: int, new_tokens: int | None, batch: str) -> tuple[Phase, ...]:
+    """So many requests, one after the other; where they generate each is a prompt, which gives the first token, and the
+    tokens after it."""
+    if new_tokens is None:
+        return (sharded.phase(rows, f"infer{batch}", repeat),)
+    further = sharded.further
+    assert further is not None, "the costs are those of the workload"
+    phases = [sharded.phase(rows, f"prefill{batch}", ends=new_tokens == 1)]
+    if new_tokens > 2:
+        phases.append(further.phase(rows, f"decode{batch}", new_tokens - 2, sharded))
+    if new_tokens > 1:
+        phases.append(further.phase(rows, f"last token{batch}", 1, sharded, ends=True))
+    return tuple(phases) * repeat
 
 
 class _Member:
@@ -275,6 +329,7 @@ class _Member:
         self.summed: dict[str, int] = {}
         #: What has been gathered: version 1 has all tokens, version 0 this device's.
         self.gathered: set[str] = set()
+        self.kept = sharded.kept(number, rows)
 
     def request(self) -> Iterator[Action]:
         first, last = self.block.first, self.block.last
@@ -284,7 +339,7 @@ class _Member:
         yield from {HYBRID: self._hybrid, TENSOR: self._tensor, SEQUENCE: self._sequence}[self.sharded.scheme]()
         yield from self._leave()
         if self.number == 0:
-            yield from self._compute((last, len(self.costs.units)), None, None)
+            yield from self._compute((last, len(self.costs.units)), None, None, version=int(self.costs.decodes))
 
     # Values
 
@@ -305,6 +360,7 @@ class _Member:
         about = Compute(units, FORWARD, 0, (0, self.rows), (), (), tokens=tokens, width=width)
         kinds = {unit.kind for unit in self.costs.units[slice(*units)]}
         shared = self.block.first <= units[0] < self.block.last
+        made = (v for v in outputs(about, self.costs) if v.name not in self.costs.kept or v in self.kept)
         yield Compute(
             units,
             FORWARD,
@@ -312,7 +368,7 @@ class _Member:
             (0, self.rows),
             (*dict.fromkeys(weights), *((buffers,) if buffered else ())),
             tuple(self._value(value.name, value.tokens, value.width) for value in inputs(about, self.costs)),
-            tuple(value._replace(version=version) for value in outputs(about, self.costs)),
+            tuple(value._replace(version=version) for value in made),
             tokens=tokens,
             width=width,
             replica=shared and self.sharded.scheme == TENSOR and kinds == {"connective"} and self.number > 0,
@@ -335,6 +391,13 @@ class _Member:
     def _enter(self) -> Iterator[Action]:
         """The leader hands out the tokens; the schemes that want all of them everywhere gather them again."""
         name = self.block.entering
+        if self.sharded.scheme == TENSOR and self.block.tokens == 1:
+            if self.number == 0:
+                for device in self.sharded.devices[1:]:
+                    yield Send(self._value(name), device)
+            else:
+                yield Recv(self._value(name), self.sharded.devices[0])
+            return
         if self.number == 0:
             for device, tokens in list(zip(self.sharded.devices, self.sharded.tokens, strict=True))[1:]:
                 if tokens[0] < tokens[1]:
@@ -370,8 +433,9 @@ class _Member:
             if unit.kind != CORE:
                 continue
             yield from self._compute((begin, number), self.mine, None)
-            for name in unit.reads[1:3]:
-                yield from self._gather(name)
+            if sum(share > 0 for share in self.sharded.shares.tokens) > 1:
+                for name in unit.reads[1:3]:
+                    yield from self._gather(name)
             begin = number
         yield from self._compute((begin, self.block.last), self.mine, None)
 
@@ -424,6 +488,8 @@ class _Member:
     def _collective(self, kind: str, value: Value, result: Value) -> Collective:
         devices, shares = self.sharded.devices, self.sharded.shares.tokens
         tiles = 1 if kind == "reduce-scatter" else self.sharded.tiles  # its result is one piece of memory
+        if self.block.tokens == 1 and kind == "all-reduce":  # of one token every device takes a part of the width
+            return Collective(kind, value, result, devices)
         return Collective(kind, value, result, devices, shares, tiles, "tokens")
 
     def _gather(self, name: str) -> Iterator[Action]:
@@ -512,11 +578,18 @@ def _ranges(shares: Iterable[int]) -> list[Range]:
     return list(pairwise(accumulate(shares, initial=0)))
 
 
-def _with_frees(actions: Iterable[Action]) -> tuple[Action, ...]:
-    """The actions, and after each what no later one touches is freed."""
+def _with_frees(
+    actions: Iterable[Action], begins: Iterable[Value] = (), stays: Iterable[Value] = ()
+) -> tuple[Action, ...]:
+    """The actions, and after each what no later one touches is freed: of what is made, and of what it `begins` with.
+
+    What `stays` is not.
+    """
     listed = list(actions)
     alive: dict[str, list[Value]] = defaultdict(list)
     last: dict[Value, int] = {}
+    for value in begins:
+        alive[value.name].append(value)
     for index, action in enumerate(listed):
         for value in reads(action):
             found = [held for held in alive.get(value.name, ()) if is_piece(value, held)]
@@ -530,7 +603,8 @@ def _with_frees(actions: Iterable[Action]) -> tuple[Action, ...]:
             last[value] = index
     freed: Mapping[int, list[Value]] = defaultdict(list)
     for value, index in last.items():
-        freed[index].append(value)
+        if value not in stays:
+            freed[index].append(value)
     complete: list[Action] = []
     for index, action in enumerate(listed):
         complete.append(action)

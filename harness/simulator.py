@@ -134,6 +134,7 @@ def _simulate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
                 sum(timed.link_bytes.values()) * phase.repeat,
                 tuple(lengths),
                 sum(timed.busy[QUEUES.index(COMPUTE) :: len(QUEUES)]) * phase.repeat / PICOSECONDS,
+                decoding=phase.decoding,
             )
         )
         spans.append((began, now))
@@ -182,7 +183,7 @@ def own_seconds(plan: Plan, costs: Costs, cluster: Cluster) -> list[dict[str, di
 def _time(phase: Phase, plan: Plan, costs: Costs, cluster: Cluster) -> _Timed:
     """Link the phase and give every node its duration."""
     graph = link(phase, plan.tensors, plan.devices)
-    costs = costs.cached if phase.cached else costs
+    costs = phase.chain(costs)
     devices = [cluster.device(name) for name in graph.devices]
     links = {
         (a, b): cluster.link(graph.devices[a], graph.devices[b])
@@ -236,7 +237,7 @@ def _iterations(timed: _Timed, state: _State) -> Iterator[tuple[int, int, list[i
     history: list[np.ndarray] = []
     left, number = timed.phase.repeat, 0
     while left:
-        if not timed.phase.training:
+        if timed.phase.is_request:
             state.wait_for_all()
         before = state.latest
         start, end = _iteration(timed, state)

@@ -149,3 +149,11 @@ def encode(tokenizer: Tokenizer, samples: Sequence[Sample], seq_len: int, pad: i
             ids[row, :length] = encoding.ids
             types[row, :length] = encoding.type_ids
     return Encoded(ids, types, lengths)
+
+
+def padded_left(encoded: Encoded) -> Encoded:
+    """The same texts at the end of their rows."""
+    seq_len = encoded.ids.shape[1]
+    place = (np.arange(seq_len) + encoded.lengths[:, None]) % seq_len
+    ids = np.take_along_axis(encoded.ids, place, axis=1)
+    return Encoded(ids, np.take_along_axis(encoded.types, place, axis=1), encoded.lengths)

@@ -20,6 +20,7 @@ MOST_SEED, MOST_EPOCHS = 2**63 - 1, 10**5
 MOST = {
     **dict.fromkeys(("num_samples", "epochs", "steps"), 10**9),
     **dict.fromkeys(("batch_size", "seq_len", "decoder_seq_len", "image_size", "num_channels", "num_labels"), 10**5),
+    "new_tokens": 10**5,
 }
 
 
@@ -29,6 +30,7 @@ class Workload:
 
     `seq_len` is None for image models, whose shape is `image_size` x `image_size` x `num_channels`.
     `decoder_seq_len` is 1 with a classifier head on encoder-decoder models, as PAC measures them.
+    `new_tokens`: how many each request generates after its `seq_len` tokens; None: it is classified instead.
     `steps` replaces `epochs` when given. `dropout` None keeps the model's own probabilities.
     `clip_norm` scales the gradients of an update down to this 2-norm of them all, where it is larger; None: never.
     `technique_options` may be given by name; they are kept as `techniques.chosen` gives them: None where all are the
@@ -43,6 +45,7 @@ class Workload:
     technique_options: Options | Mapping[str, Any] | None = None
     seq_len: int | None = 128
     decoder_seq_len: int = 1
+    new_tokens: int | None = None
     image_size: int | None = None
     num_channels: int = 3
     num_labels: int = 2
@@ -68,6 +71,10 @@ class Workload:
             value = getattr(self, field)
             if value is not None and not 1 <= value <= most:
                 raise OrreryError(f"{field} is {value}; it must be at least 1, and at most {most}.")
+        if self.new_tokens is not None and (self.training or self.seq_len is None):
+            raise OrreryError(
+                f"new_tokens is {self.new_tokens}, and only inference on text generates any. Set technique inference."
+            )
         if not 0 <= self.seed <= MOST_SEED:
             raise OrreryError(f"seed is {self.seed}; it must be at least 0, and at most {MOST_SEED}.")
         if not 0 < self.learning_rate < math.inf:

@@ -20,8 +20,18 @@ else:
 
 #: What the records of one setting have in common.
 COMMON = (
-    *("testbed", "technique", "dataset", "num_samples", "seq_len", "decoder_seq_len", "image_size", "batch_size"),
-    *("epochs", "steps", "optimizer", "learning_rate", "clip_norm", "dropout", "dtype", "attn_implementation"),
+    *("testbed", "technique", "dataset", "num_samples", "seq_len", "decoder_seq_len", "new_tokens", "image_size"),
+    *(
+        "batch_size",
+        "epochs",
+        "steps",
+        "optimizer",
+        "learning_rate",
+        "clip_norm",
+        "dropout",
+        "dtype",
+        "attn_implementation",
+    ),
     "checkpoint",
 )
 #: For methods that `colours.toml` does not name.
@@ -53,6 +63,7 @@ class Setting:
         r = self.first
         rounds = f"{r.steps} iterations" if r.steps else f"{r.epochs} epoch{'s'[: r.epochs != 1]}"
         shape = f"{r.seq_len} tokens" if r.seq_len else f"{r.image_size} x {r.image_size} pixels"
+        shape += f" and {r.new_tokens} new ones" if r.new_tokens else ""
         dropout = "the models' own dropout" if r.dropout is None else f"dropout {r.dropout:g}"
         weights = f"weights from {r.checkpoint}" if r.checkpoint else "weights from a seed"
         clipping = "" if r.clip_norm is None else f", gradients clipped to a norm of {r.clip_norm:g}"

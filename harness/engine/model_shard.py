@@ -33,6 +33,9 @@ class Saved:
     leaves: Mapping[str, Tensor]
 
 
+NOTHING_SAVED = Saved({}, {})
+
+
 class ModelShard:
     """The units of a model that the plan gives to a device, trained in place.
 
@@ -47,7 +50,7 @@ class ModelShard:
         for tensor in (*layered.root.parameters(), *layered.root.buffers()):
             if not tensor.is_meta:
                 tensor.data = tensor.data.to(device)
-        self._reads_batch: dict[Range, bool] = {}
+        self._reads_batch: dict[tuple[Range, bool], bool] = {}
         self._parameters: dict[str, list[nn.Parameter]] = {}
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
 
@@ -162,11 +165,18 @@ class ModelShard:
         for parameter in self.trained(name):
             parameter.grad = None
 
-    def reads_batch(self, units: Range) -> bool:
+    def chain(self, decoding: bool) -> Layered:
+        """The units of a phase, which may be `decoding`."""
+        if not decoding:
+            return self.layered
+        assert self.layered.decoding is not None, "only what generates tokens decodes"
+        return self.layered.decoding
+
+    def reads_batch(self, units: Range, decoding: bool) -> bool:
         """Whether a pass over the units [units[0], units[1]) reads anything of the data set."""
-        if units not in self._reads_batch:
-            self._reads_batch[units] = self.layered.reads_batch(*units)
-        return self._reads_batch[units]
+        if (units, decoding) not in self._reads_batch:
+            self._reads_batch[units, decoding] = self.chain(decoding).reads_batch(*units)
+        return self._reads_batch[units, decoding]
 
     def forward(
         self,
@@ -175,23 +185,28 @@ class ModelShard:
         entering: Mapping[str, Tensor],
         step: int,
         sample_ids: Sequence[int],
+        decoding: bool = False,
     ) -> tuple[dict[str, Tensor], Saved]:
-        """One pass over the units of the action.
+        """One pass over the units of the action, in a phase that may be `decoding`.
 
         batch: the rows of the data set; entering: what was made before, rows first, in the pieces that
         `harness.plan.pieces` says. Returns every tensor that later units or the run want, cut off from autograd, and
         what the backward pass needs.
         """
         first, last = action.units
+        wanted = {*RESULTS, *(value.name for value in action.writes)}
+        if not self.workload.training:
+            with torch.no_grad():
+                chain = self.chain(decoding)
+                made = chain.run(first, last, {**batch, **entering}, wanted=wanted, tokens=action.tokens)
+            return {name: tensor for name, tensor in made.items() if name not in entering}, NOTHING_SAVED
         leaves = {
             name: tensor.detach().requires_grad_() if self._flows(name, first) else tensor
             for name, tensor in entering.items()
         }
         values = {**batch, **leaves}
-        draws = self.workload.training and self.workload.dropout != 0
-        masks = self.masks.samples(step, sample_ids) if draws else nullcontext()
-        with torch.set_grad_enabled(self.workload.training), masks:
-            wanted = {*RESULTS, *(value.name for value in action.writes)}
+        masks = self.masks.samples(step, sample_ids) if self.workload.dropout != 0 else nullcontext()
+        with torch.enable_grad(), masks:
             made = self.layered.run(first, last, values, self.masks.enter, wanted, action.tokens)
         roots = {
             name: get_gradient_edge(tensor)

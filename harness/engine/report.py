@@ -45,8 +45,8 @@ class PhaseMemory:
 
 
 def watched_phases(plan: Plan) -> list[int]:
-    """The places of the phases whose memory is watched: the first, and the first that reads from a cache."""
-    return sorted({0, *[number for number, phase in enumerate(plan.phases) if phase.cached][:1]})
+    """The places of the phases whose memory is watched: the first, and the first that reads a cache, or decodes."""
+    return sorted({0, *[number for number, phase in enumerate(plan.phases) if phase.cached or phase.decoding][:1]})
 
 
 @dataclass(frozen=True)
@@ -91,21 +91,32 @@ def execution(plan: Plan, reports: Sequence[DeviceReport], training: bool, dilat
     """The reports of all devices as one; times are divided by the dilation of the testbed."""
     reports = [_scaled(report, 1 / dilation) for report in sorted(reports, key=lambda r: plan.devices.index(r.device))]
     begin = min(report.phases[0].iterations[0][0] for report in reports)
-    phases = []
+    phases, ended = [], begin
     watched = {number: place for place, number in enumerate(watched_phases(plan))}
     for number, phase in enumerate(plan.phases):
         mine = [report.phases[number] for report in reports]
         spans = list(zip(*(p.iterations for p in mine), strict=True))
         starts = [min(start for start, _ in span) for span in spans]
         ends = [max(end for _, end in span) for span in spans]
-        if phase.training:
-            lengths = tuple(after - before for before, after in pairwise([starts[0], *ends]))
+        if not phase.is_request:
+            started = max(starts[0], ended) if phase.decoding else starts[0]
+            lengths = tuple(after - before for before, after in pairwise([started, *ends]))
         else:  # requests: what lies between one and the next is no part of either
             lengths = tuple(end - start for start, end in zip(starts, ends, strict=True))
+        ended = ends[-1]
         sent = sum(p.sent_bytes for p in mine)
         memory = {r.device: r.memory[watched[number]].as_peak() for r in reports} if number in watched else {}
         phases.append(
-            PhaseTrace(phase.name, phase.repeat, starts[0] - begin, sum(lengths), sent, lengths, memory=memory)
+            PhaseTrace(
+                phase.name,
+                phase.repeat,
+                starts[0] - begin,
+                sum(lengths),
+                sent,
+                lengths,
+                memory=memory,
+                decoding=phase.decoding,
+            )
         )
     moments = [replace(e, start_s=e.start_s - begin, end_s=e.end_s - begin) for r in reports for e in r.events]
     trace = Trace(

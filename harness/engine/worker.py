@@ -24,7 +24,7 @@ from harness.datasets import batches
 from harness.engine.checkpoint import BEGINNING, Progress
 from harness.engine.model_shard import ModelShard, Saved
 from harness.engine.program import Program, rows_of
-from harness.engine.report import DeviceReport, PhaseMemory, PhaseTimes
+from harness.engine.report import DeviceReport, PhaseMemory, PhaseTimes, watched_phases
 from harness.engine.tensors import Bundle, buffer, dtype_name, empty_on_host, flat, on_host, part
 from harness.errors import OrreryError, Unsupported
 from harness.plan import Combine, Compute, Load, Phase, Plan, Recv, Send, Step, Store, Value, pieces
@@ -49,7 +49,10 @@ MOST_LATE_AT_FIRST, MOST_LATE = 0.5, 0.10
 
 @dataclass
 class Iteration:
-    """One iteration on this device: what it holds, and what each of its nodes still waits for."""
+    """One iteration on this device: what it holds, and what each of its nodes still waits for.
+
+    `token`: of its request how many have been generated before.
+    """
 
     number: int
     phase: int
@@ -58,6 +61,7 @@ class Iteration:
     program: Program
     sample_ids: Sequence[int]
     rehearsal: bool
+    token: int = 0
     values: dict[Value, Payload] = field(default_factory=dict)
     landing: dict[Value, Tensor | Bundle] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)
@@ -128,7 +132,7 @@ class Worker:
         self._tracker: Tracker | None = None
         self._gradient_storages: set[int] = set()
         self._loss = 0.0
-        #: Of every request the samples and what the head has made of them, where this device has the head.
+        #: Of every request, or token of one, the samples and what the head has made of them, where this device has it.
         self.answers: list[tuple[Sequence[int], Tensor]] = []
         self._late_s = 0.0
         #: When the storage queue was last done, when this iteration's loads could begin, and when the next one's can.
@@ -212,22 +216,25 @@ class Worker:
         carried: dict[Value, Payload] = {}
         memory: list[PhaseMemory] = []
         (ids, moved), number = self._samples(), 0
-        watched = self.programs[0].phase.cached
+        watched = watched_phases(self.plan)
+        mine: Sequence[int] = ()
+        token = 0
         for place, program in enumerate(self.programs):
             phase = program.phase
             computes, last = bool(phase.shards), phase.repeat - 1
-            if phase.cached and not watched:
-                memory.append(self._watched(number, place, ids.peek(), carried))
-                number, watched = number + 1, True
+            if place > 0 and place in watched:
+                memory.append(self._watched(number, place, mine if phase.decoding else ids.peek(), carried, token))
+                number += 1
             spans: list[tuple[float, float]] = []
             sent = sum(self._sent.values())
             for index in range(phase.repeat):
-                if not phase.training:
+                if phase.is_request:
                     self.barrier()
                 began = time.perf_counter()
-                mine = (ids if computes else moved).next() if phase.micro_batches else ()
+                if not phase.decoding:
+                    mine, token = (ids if computes else moved).next() if phase.micro_batches else (), 0
                 self._prefetch(program, mine, ids.peek() if phase.training and index < last else ())
-                iteration = self._iteration(REHEARSALS + number, place, index, len(losses), mine, carried)
+                iteration = self._iteration(REHEARSALS + number, place, index, len(losses), mine, carried, token=token)
                 self._issued_s, self._issues_s = (self._issues_s if index else began), began
                 self._run(iteration)
                 if not phase.training or index == last:
@@ -236,7 +243,7 @@ class Worker:
                 if computes:
                     losses.append(self._loss / phase.batch_size)
                 self._loss = 0.0
-                number += 1
+                number, token = number + 1, token + 1
                 spans.append((began - origin, time.perf_counter() - origin))
                 self.progress(number)
             phases.append(PhaseTimes(tuple(spans), sum(self._sent.values()) - sent))
@@ -259,7 +266,7 @@ class Worker:
         )
 
     def _watched(
-        self, number: int, place: int, sample_ids: Sequence[int], carried: Mapping[Value, Payload]
+        self, number: int, place: int, sample_ids: Sequence[int], carried: Mapping[Value, Payload], token: int
     ) -> PhaseMemory:
         """Rehearse the first iteration of a later phase, between it and the one before: no part of the run's time."""
         program = self.programs[place]
@@ -268,7 +275,7 @@ class Worker:
         self._prefetch(program, sample_ids, ())
         self._tracker = tracker = Tracker()
         with tracker:
-            iteration = self._iteration(REHEARSALS + number, place, 0, -1, sample_ids, carried, rehearsal=True)
+            iteration = self._iteration(REHEARSALS + number, place, 0, -1, sample_ids, carried, True, token)
             self._run(iteration)
         self._finish(iteration)
         self._tracker = None
@@ -296,10 +303,11 @@ class Worker:
         sample_ids: Sequence[int],
         carried: Mapping[Value, Payload],
         rehearsal: bool = False,
+        token: int = 0,
     ) -> Iteration:
         """Begin an iteration: its sends are queued, and what belongs to it may come in."""
         program = self.programs[phase]
-        iteration = Iteration(number, phase, index, step, program, sample_ids, rehearsal)
+        iteration = Iteration(number, phase, index, step, program, sample_ids, rehearsal, token)
         by_name = {value.name: payload for value, payload in carried.items()}
         iteration.values = {value: by_name.get(value.name) for value in program.phase.live.get(self.device, ())}
         with self._lock:
@@ -402,12 +410,15 @@ class Worker:
         phase = iteration.program.phase
         first = sum(phase.micro_batches[: action.micro_batch])
         ids = iteration.sample_ids[first + action.rows[0] : first + action.rows[1]]
-        read = self.dataset.batch(ids) if self.shard.reads_batch(action.units) else {}
+        read = self.dataset.batch(ids) if self.shard.reads_batch(action.units, phase.decoding) else {}
+        if phase.decoding:
+            assert self.workload.seq_len is not None
+            read["cache_position"] = torch.tensor([self.workload.seq_len + iteration.token - 1])
         batch = {name: tensor.to(self.shard.device) for name, tensor in read.items()}
         entering = {value.name: self._tensor(iteration, value) for value in action.reads}
         if pieces.is_part(action):  # modules take views of theirs for granted
             entering = {name: tensor.contiguous() for name, tensor in entering.items()}
-        outputs, saved = self.shard.forward(action, batch, entering, iteration.step, ids)
+        outputs, saved = self.shard.forward(action, batch, entering, iteration.step, ids, phase.decoding)
         if "loss" in outputs:
             self._loss += outputs["loss"].item()
         elif "logits" in outputs and not iteration.rehearsal:

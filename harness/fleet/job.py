@@ -247,7 +247,7 @@ def _save(shard: ModelShard, job: Job) -> None:
 
 
 def _save_answers(answers: Sequence[tuple[Sequence[int], Tensor]], job: Job) -> None:
-    """The logits of every request, with the samples that they are of."""
+    """The logits of every request, of every token of one that generates, with the samples that they are of."""
     samples = torch.tensor([sample for ids, _ in answers for sample in ids])
     logits = torch.cat([made.cpu() for _, made in answers])
     path = _saved_file(Path(job.folder), f"answers-{job.generation}", job.device)
@@ -255,13 +255,14 @@ def _save_answers(answers: Sequence[tuple[Sequence[int], Tensor]], job: Job) -> 
 
 
 def answers(folder: Path, generation: int, devices: Sequence[str]) -> dict[int, Tensor]:
-    """What the devices of that generation have answered: of each sample the logits."""
-    found: dict[int, Tensor] = {}
+    """What the devices of that generation have answered: of each sample the logits [answers, labels or tokens]."""
+    found: dict[int, list[Tensor]] = defaultdict(list)
     for path in (_saved_file(folder, f"answers-{generation}", device) for device in devices):
         if path.exists():
             saved = load_file(path)
-            found.update(zip(saved["samples"].tolist(), saved["logits"], strict=True))
-    return found
+            for sample, logits in zip(saved["samples"].tolist(), saved["logits"], strict=True):
+                found[sample].append(logits)
+    return {sample: torch.stack(logits) for sample, logits in found.items()}
 
 
 def trained(folder: Path, device: str) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import unknown_name
+from harness.errors import Unsupported, unknown_name
 from harness.techniques import PRUNING, ParallelAdapters
 from harness.workload import Workload
 
@@ -86,6 +86,8 @@ def build(workload: Workload, device: str = "cpu") -> Layered:
     from harness.models.techniques import choose_trained
 
     family = importlib.import_module(module_of(workload.model))
+    if workload.new_tokens is not None and not hasattr(family, "GENERATING"):
+        raise Unsupported(f"{workload.model} is no causal language model, so it generates no tokens")
     with torch.random.fork_rng(devices=[]), torch.device("meta" if device == "meta" else "cpu"):
         torch.manual_seed(workload.seed)
         layered: Layered = family.build(model, workload)

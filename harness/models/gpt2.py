@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2ForSequenceClassification
+from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from harness.models import ModelEntry, masks, pretrained
+from harness.models import ModelEntry, pretrained
 from harness.models.chain import Chain
 from harness.models.classifier import at_last_token
 from harness.models.layered import Cut, Layered
@@ -17,7 +18,7 @@ from harness.models.side import Side, SideStack, layers, narrow, places
 from harness.techniques import ParallelAdapters
 from harness.workload import Workload
 
-MODEL = GPT2ForSequenceClassification
+MODEL, GENERATING = GPT2ForSequenceClassification, GPT2LMHeadModel
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 NEEDS = {"add_cross_attention": False, "reorder_and_upcast_attn": False}
 #: One product makes queries, keys and values, so that lora updates the keys, too.
@@ -28,6 +29,9 @@ HEADS = ("n_head",)
 
 
 def build(entry: ModelEntry, workload: Workload) -> Layered:
+    if workload.new_tokens is not None:
+        root = pretrained.load(GENERATING, entry, workload, DROPOUTS, NEEDS)
+        return replace(_generating(root, workload), decoding=_generating(root, workload, decoding=True))
     return cut(pretrained.load(MODEL, entry, workload, DROPOUTS, NEEDS, QUERIES_AND_VALUES), workload)
 
 
@@ -37,7 +41,7 @@ def cut(root: GPT2ForSequenceClassification, workload: Workload) -> Layered:
     side = _side(root, workload) if workload.technique == "parallel-adapters" else None
     chain = Chain(workload, side)
     chain.layer("embedding")
-    chain.local("mask", "mask", ["attention_mask"], partial(masks.padding_and_causal, dtype=chain.dtype))
+    chain.causal_mask()
 
     def embed(input_ids: Tensor) -> Tensor:
         position = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
@@ -54,6 +58,22 @@ def cut(root: GPT2ForSequenceClassification, workload: Workload) -> Layered:
         return at_last_token(root.score(hidden), input_ids, pad_token_id)
 
     return chain.close(root, ["input_ids", "attention_mask"], [normed, "input_ids"], head, [root.score])
+
+
+def _generating(root: GPT2LMHeadModel, workload: Workload, decoding: bool = False) -> Layered:
+    """The language model as a chain of units for the prompt, or for one more token."""
+    model, chain = root.transformer, Chain(workload, decoding=decoding)
+
+    def embed(tokens: Tensor, positions: Tensor) -> Tensor:
+        return model.drop(model.wte(tokens) + model.wpe(positions))
+
+    chain.layer("embedding")
+    chain.causal_mask()
+    hidden = chain.embed_prompt(embed, [model.wte, model.wpe, model.drop])
+    hidden, _ = layers(chain, "layer", model.h, hidden, partial(_layer, chain), None)
+    chain.layer("head")
+    (normed,) = chain.unit("final-norm", "connective", [hidden], ["normed"], model.ln_f)
+    return chain.close_with_token(root, normed, root.lm_head)
 
 
 def _side(root: GPT2ForSequenceClassification, workload: Workload) -> Side:

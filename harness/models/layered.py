@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
@@ -64,6 +64,13 @@ class Unit(nn.Module):
         return out if isinstance(out, tuple) else (out,)
 
 
+class _Step(NamedTuple):
+    """A unit, and the tensors that can go after it."""
+
+    unit: Unit
+    done: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Layered:
     """`root` is the Hugging Face model (with its head); `units` cover it in execution order.
@@ -73,6 +80,10 @@ class Layered:
     of the whole batch.
     `inputs` are the names of the batch's tensors (see `harness.datasets`), batch first.
     `pieces`: of parameters that have been cut, by name, which part of the model's they are.
+
+    Where tokens are generated the units are those of the prompt, and `decoding` is the same model as a chain for one
+    more token. `kept` are tensors that outlive a pass, on the device that makes them: the "token" that was chosen last,
+    and of every attention core "keys" and "values", with room for all tokens to come.
     """
 
     root: nn.Module
@@ -80,6 +91,9 @@ class Layered:
     local_units: tuple[Unit, ...]
     inputs: tuple[str, ...]
     pieces: Mapping[str, Piece] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()
+    decoding: Layered | None = None
+    _steps: dict[tuple[object, ...], list[_Step]] = field(default_factory=dict, compare=False, repr=False)
 
     def parameter_names(self) -> dict[int, str]:
         """`id(parameter)` -> its first name in `root`; tied parameters have one name."""
@@ -121,21 +135,28 @@ class Layered:
         after its last reader, so that only autograd decides what stays. Units that make but what is known are not run.
         """
         alive = dict(values)
-        later = {name for unit in self.units[last:] for name in unit.reads}.union(wanted)
-        units = self._needed(self.units[first:last], later, values)
-        order = [*self.locals_of(units), *units]
-        last_reader = {name: unit.name for unit in order for name in unit.reads if name not in later}
-        for unit in order:
+        key = (first, last, frozenset(wanted), frozenset(values))
+        if key not in self._steps:
+            self._steps[key] = self._order(first, last, wanted, values)
+        for unit, done in self._steps[key]:
             if entering is not None:
                 entering(unit.name)
-            made = unit(*(alive[name] for name in unit.reads))
+            made = unit(*[alive[name] for name in unit.reads])
             if tokens is not None and unit.local:
                 made = tuple(_of_queries(tensor, tokens) for tensor in made)
             alive.update(zip(unit.writes, made, strict=True))
-            for name in unit.reads:
-                if last_reader.get(name) == unit.name:
-                    alive.pop(name, None)
+            for name in done:
+                del alive[name]
         return alive
+
+    def _order(self, first: int, last: int, wanted: Collection[str], known: Collection[str]) -> list[_Step]:
+        """The units that are run, and after each the tensors that nobody needs any more."""
+        later = {name for unit in self.units[last:] for name in unit.reads}.union(wanted)
+        units = self._needed(self.units[first:last], later, known)
+        order = [*self.locals_of(units), *units]
+        last_reader = {name: unit.name for unit in order for name in unit.reads if name not in later}
+        done = [dict.fromkeys(name for name in unit.reads if last_reader.get(name) == unit.name) for unit in order]
+        return [_Step(unit, tuple(names)) for unit, names in zip(order, done, strict=True)]
 
     @staticmethod
     def _needed(units: Sequence[Unit], later: Collection[str], known: Collection[str]) -> list[Unit]:

@@ -20,6 +20,24 @@ def padding_and_causal(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
     return _additive(allowed & _triangle(attention_mask), dtype)
 
 
+def with_cache(attention_mask: Tensor, cache_position: Tensor, to_come: int, dtype: torch.dtype) -> Tensor:
+    """The mask of tokens after a prompt [rows, prompt], in a cache with room for so many `to_come`.
+
+    cache_position: [tokens], the places of the tokens -> [rows, 1, tokens, prompt + to_come].
+    """
+    rows, prompt = attention_mask.shape
+    allowed = torch.cat([attention_mask, attention_mask.new_ones(rows, to_come)], 1)[:, None, None, :] != 0
+    place = torch.arange(prompt + to_come, device=attention_mask.device)
+    return _additive(allowed & (place <= cache_position[:, None]), dtype)
+
+
+def positions(attention_mask: Tensor, cache_position: Tensor | None = None) -> Tensor:
+    """Positions that count what is no padding: of a prompt [rows, prompt], or of the tokens at `cache_position` in it
+    or after it."""
+    prompt = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    return prompt if cache_position is None else prompt[:, -1:] + cache_position - (attention_mask.shape[1] - 1)
+
+
 def causal(decoder_input_ids: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask of a decoder whose own tokens are never padding, for every row: [1, 1, tokens, tokens]."""
     return _additive(_triangle(decoder_input_ids), dtype)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import OPTForSequenceClassification
+from transformers import OPTForCausalLM, OPTForSequenceClassification
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
-from harness.models import ModelEntry, masks, pretrained
+from harness.models import ModelEntry, pretrained
 from harness.models.chain import Chain
 from harness.models.classifier import at_last_token
 from harness.models.layered import Cut, Layered
@@ -18,7 +19,7 @@ from harness.models.side import Side, SideStack, layers, narrow, places
 from harness.techniques import ParallelAdapters
 from harness.workload import Workload
 
-MODEL = OPTForSequenceClassification
+MODEL, GENERATING = OPTForSequenceClassification, OPTForCausalLM
 DROPOUTS = ("dropout", "attention_dropout")
 NEEDS = {"do_layer_norm_before": True, "_remove_final_layer_norm": False, "layerdrop": 0.0}
 QUERIES_AND_VALUES = ("q_proj", "v_proj")
@@ -28,6 +29,9 @@ HEADS = ("num_attention_heads",)
 
 
 def build(entry: ModelEntry, workload: Workload) -> Layered:
+    if workload.new_tokens is not None:
+        root = pretrained.load(GENERATING, entry, workload, DROPOUTS, NEEDS)
+        return replace(_generating(root, workload), decoding=_generating(root, workload, decoding=True))
     return cut(pretrained.load(MODEL, entry, workload, DROPOUTS, NEEDS, QUERIES_AND_VALUES), workload)
 
 
@@ -37,7 +41,7 @@ def cut(root: OPTForSequenceClassification, workload: Workload) -> Layered:
     side = _side(root, workload) if workload.technique == "parallel-adapters" else None
     chain = Chain(workload, side, softmax_dtype=torch.float32)
     chain.layer("embedding")
-    chain.local("mask", "mask", ["attention_mask"], partial(masks.padding_and_causal, dtype=chain.dtype))
+    chain.causal_mask()
 
     def embed(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The positional embedding counts the tokens that are no padding."""
@@ -61,6 +65,22 @@ def cut(root: OPTForSequenceClassification, workload: Workload) -> Layered:
         return at_last_token(root.score(hidden), input_ids, pad_token_id)
 
     return chain.close(root, ["input_ids", "attention_mask"], [normed, "input_ids"], head, [root.score])
+
+
+def _generating(root: OPTForCausalLM, workload: Workload, decoding: bool = False) -> Layered:
+    """The language model as a chain of units for the prompt, or for one more token."""
+    model, chain = root.model.decoder, Chain(workload, softmax_dtype=torch.float32, decoding=decoding)
+
+    def embed(tokens: Tensor, positions: Tensor) -> Tensor:
+        return model.embed_tokens(tokens) + model.embed_positions(tokens, position_ids=positions)
+
+    chain.layer("embedding")
+    chain.causal_mask()
+    hidden = chain.embed_prompt(embed, [model.embed_tokens, model.embed_positions])
+    hidden, _ = layers(chain, "layer", model.layers, hidden, partial(_layer, chain), None)
+    chain.layer("head")
+    (normed,) = chain.unit("final-norm", "connective", [hidden], ["normed"], model.final_layer_norm)
+    return chain.close_with_token(root, normed, root.lm_head)
 
 
 def _side(root: OPTForSequenceClassification, workload: Workload) -> Side:

@@ -121,9 +121,11 @@ def _check_tokens(config: PreTrainedConfig, entry: ModelEntry, workload: Workloa
         raise OrreryError(f"{entry.name} reads text, and the workload has no seq_len. Give --seq-len.")
     limit = getattr(config, "max_position_embeddings", None)
     longest = max(workload.seq_len, workload.decoder_seq_len if config.is_encoder_decoder else 1)
+    if workload.new_tokens is not None:
+        longest = workload.seq_len + workload.new_tokens - 1  # the last one is not read
     if limit is not None and longest > limit:
         raise OrreryError(
-            f"{longest} tokens are more than the {limit} positions of {entry.name}. Lower --seq-len or "
+            f"{longest} tokens are more than the {limit} positions of {entry.name}. Lower --seq-len, --new-tokens or "
             "--decoder-seq-len."
         )
 

@@ -25,30 +25,36 @@ def is_part(action: Compute) -> bool:
 
 
 def inputs(action: Compute, costs: Costs) -> list[Value]:
-    """The values that a forward pass can't do without, in the pieces that it needs; of versions it knows nothing."""
+    """The values that a forward pass can't do without, in the pieces that it needs; of versions it knows nothing.
+
+    Of what was kept of the tokens before it is all tokens.
+    """
     first, last = action.units
     units = costs.units[first:last]
     read = {name for unit in units for name in unit.reads}
-    attended = {name for unit in units if unit.kind == CORE for name in unit.reads[1:3]}
+    whole = {name for unit in units if unit.kind == CORE for name in unit.reads[1:3]}.union(costs.loaded)
     width = None if units[0].kind in COLUMNS else action.width
     names = [name for name in (*costs.carried(first), *costs.loaded) if name in read]
     return [
-        Value(name, action.micro_batch, action.rows, None if name in attended else action.tokens, width)
-        for name in names
+        Value(name, action.micro_batch, action.rows, None if name in whole else action.tokens, width) for name in names
     ]
 
 
 def outputs(action: Compute, costs: Costs) -> list[Value]:
-    """The values that a forward pass makes for later units; of a product by rows its part of the sum."""
+    """The values that a forward pass makes for later units; of a product by rows its part of the sum.
+
+    And those that outlive it, which are there for all tokens.
+    """
     first, last = action.units
     units = costs.units[first:last]
     made = {name for unit in units for name in unit.writes}
     width = None if units[-1].kind in ROWS else action.width
-    return [
+    leaving = [
         Value(name, action.micro_batch, action.rows, action.tokens, width)
         for name in costs.carried(last)
         if name in made
     ]
+    return leaving + [Value(name, action.micro_batch, action.rows, None, width) for name in costs.kept if name in made]
 
 
 def extents(unit: UnitCost, costs: Costs) -> tuple[int, int]:

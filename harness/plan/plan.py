@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from harness.costs import Costs
 from harness.plan.actions import Action
 from harness.plan.values import Range, Tensor, Value
 
@@ -28,7 +29,9 @@ class Phase:
     ends, `leaves` are there, by default the same, whatever their versions: the next iteration, or phase, begins with
     them. Without `training` an iteration is one request, which begins when the one before has ended on every device.
     Without shards nothing is computed: values are moved, of the samples of the first epoch's batches in their order.
-    Where it is `cached`, the units are those of `Costs.cached`: what the frozen part made is loaded.
+    Where it is `cached`, the units are those of `Costs.cached`: what the frozen part made is loaded. Where it is
+    `decoding`, they are those of `Costs.decoding`, and an iteration makes one more token of the request of the last
+    phase that is not: it begins, as in training, on every device when that is done with the one before.
     `micro_batches` are row counts; `tied` are the groups of devices that
     hold copies of one parameter (its gradient's value name -> devices).
     """
@@ -43,9 +46,22 @@ class Phase:
     training: bool = True
     leaves: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
     cached: bool = False
+    decoding: bool = False
 
     def leaves_of(self, device: str) -> tuple[Value, ...]:
         return self.leaves.get(device, self.live.get(device, ()))
+
+    def chain(self, costs: Costs) -> Costs:
+        """Of the workload's costs those of the units that the phase runs."""
+        if self.decoding:
+            assert costs.decoding is not None, "only what generates tokens decodes"
+            return costs.decoding
+        return costs.cached if self.cached else costs
+
+    @property
+    def is_request(self) -> bool:
+        """Whether an iteration is a request of its own, or begins one."""
+        return not self.training and not self.decoding
 
     @property
     def batch_size(self) -> int:

@@ -89,7 +89,8 @@ def _lines(plan: Plan, max_actions: int) -> Iterator[str]:
 
 
 def _phase_lines(plan: Plan, phase: Phase, max_actions: int) -> Iterator[str]:
-    kind = ("training" if phase.training else "inference") if phase.shards else "nothing is computed"
+    kind = "training" if phase.training else "one more token" if phase.decoding else "inference"
+    kind = kind if phase.shards else "nothing is computed"
     if phase.micro_batches:
         kind += f", batch of {phase.batch_size} rows in micro-batches of {_runs(phase.micro_batches)}"
     yield f"  {kind}"

@@ -40,9 +40,10 @@ def validate(plan: Plan, costs: Costs) -> dict[str, int]:
         graph = link(phase, plan.tensors, plan.devices)
         order = check_order(graph, f"phase {phase.name!r}")
         if phase.shards or _computes(phase):
-            _check_passes(phase, costs)
-            _check_flow(phase, costs.cached if phase.cached else costs)
-            check_sums(phase, graph, order, costs)
+            chain = phase.chain(costs)
+            _check_passes(phase, chain)
+            _check_flow(phase, chain)
+            check_sums(phase, graph, order, chain)
         if phase.training:
             check_gradients(phase, plan)
         for device, nbytes in zip(graph.devices, graph.high_water, strict=True):

@@ -23,6 +23,7 @@ FIELDS = (
     "technique_options",
     "seq_len",
     "decoder_seq_len",
+    "new_tokens",
     "image_size",
     "num_channels",
     "num_labels",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -78,8 +78,31 @@ def count_units(layered: Layered, workload: Workload, key: str = "", accelerator
     inputs = (*layered.inputs, *(["labels"] if workload.training else []))
     low, high = ({name: batch_spec(name, workload, rows) for name in inputs} for rows in ROWS)
     with FakeTensorMode(), no_collection(), _fused_dropout() if accelerator == "gpu" else nullcontext():
-        weights = {id(t): Spec(tuple(t.shape), t.dtype, t.requires_grad).empty() for t in _state(layered)}
-        observed = [_walk(layered, specs, weights, workload.training) for specs in (low, high)]
+        costs = _count(layered, workload, key, inputs, low, high)
+        if layered.decoding is None:
+            return costs
+        loaded = layered.kept
+        inputs = (*layered.decoding.inputs, *loaded)
+        low, high = (
+            {name: specs[name] if name in loaded else batch_spec(name, workload, rows) for name in inputs}
+            for rows, specs in zip(ROWS, (low, high), strict=True)
+        )
+        decoding = _count(layered.decoding, workload, f"{key}-decoding", inputs, low, high, loaded)
+    return replace(costs, decoding=decoding)
+
+
+def _count(
+    layered: Layered,
+    workload: Workload,
+    key: str,
+    inputs: tuple[str, ...],
+    low: dict[str, Spec],
+    high: dict[str, Spec],
+    loaded: tuple[str, ...] = (),
+) -> Costs:
+    """The costs of one chain, of which the `inputs` are known: those of what it writes are added to them."""
+    weights = {id(t): Spec(tuple(t.shape), t.dtype, t.requires_grad).empty() for t in _state(layered)}
+    observed = [_walk(layered, specs, weights, workload.training) for specs in (low, high)]
     names = layered.parameter_names()
     costs = {unit.name: _unit_cost(unit, names, *(table[unit.name] for table in observed)) for unit in _units(layered)}
     return Costs(
@@ -93,6 +116,8 @@ def count_units(layered: Layered, workload: Workload, key: str = "", accelerator
         },
         inputs=inputs,
         training=workload.training,
+        loaded=loaded,
+        kept=layered.kept,
     )
 
 
@@ -120,6 +145,8 @@ def batch_spec(name: str, workload: Workload, rows: int) -> Spec:
     """Shape and type of a batch's tensor, as `harness.datasets` makes it."""
     if name in ("input_ids", "attention_mask", "token_type_ids"):
         return Spec((rows, _given(workload.seq_len, "seq_len", name)), torch.int64)
+    if name == "cache_position":
+        return Spec((1,), torch.int64)
     if name == "decoder_input_ids":
         return Spec((rows, workload.decoder_seq_len), torch.int64)
     dtype = getattr(torch, workload.dtype)

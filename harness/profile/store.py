@@ -76,6 +76,9 @@ def to_dict(costs: Costs) -> dict[str, Any]:
         "parameters": {name: asdict(parameter) for name, parameter in costs.parameters.items()},
         "inputs": costs.inputs,
         "training": costs.training,
+        "loaded": costs.loaded,
+        "kept": costs.kept,
+        "decoding": None if costs.decoding is None else to_dict(costs.decoding),
     }
 
 
@@ -89,6 +92,9 @@ def from_dict(content: dict[str, Any]) -> Costs:
         parameters={name: ParameterCost(**parameter) for name, parameter in content["parameters"].items()},
         inputs=tuple(content["inputs"]),
         training=content["training"],
+        loaded=tuple(content["loaded"]),
+        kept=tuple(content["kept"]),
+        decoding=None if content["decoding"] is None else from_dict(content["decoding"]),
     )
 
 
