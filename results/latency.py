@@ -1,4 +1,7 @@
-"""Latency of single requests: every method in every environment, and how much faster the first is than the others."""
+"""Latency of single requests: every method in every environment, and how much faster the first is than the others.
+
+Of a request that generates tokens also that of its parts: up to the first token, and every further one.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,18 @@ import pandas as pd
 
 from harness import registry
 from harness.records import Record
+from results import scaling
 from results.settings import COMMON, Setting
 from results.tables import Table, significant
 
 #: What environments and models of one table have in common.
 SHARED = tuple(name for name in COMMON if name != "testbed")
 OUT_OF_MEMORY = "oom"
+PARTS = {
+    "latency_s": "Latency of a request",
+    "prefill_time_s": "Latency of a request's first token",
+    "time_per_token_s": "Latency of every further token",
+}
 
 
 @dataclass(frozen=True)
@@ -30,13 +39,25 @@ class Group:
     @property
     def title(self) -> str:
         r = self.first
-        return f"Latency of a request, {r.mode}, s: {r.batch_size} x {r.seq_len} tokens of {r.dataset}, {r.dtype}"
+        new = f" and {r.new_tokens} new ones" if r.new_tokens else ""
+        return f"{r.mode}, s: {r.batch_size} x {r.seq_len} tokens{new} of {r.dataset}, {r.dtype}"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The fields that have a table."""
+        return tuple(PARTS) if self.first.new_tokens else ("latency_s",)
 
 
 def groups(records: Sequence[Record]) -> list[Group]:
-    """The inference runs that differ in model, testbed and method alone, where there are several methods or options."""
+    """The inference runs that differ in model, testbed and method alone, where there are several methods or options.
+
+    Without those that are there to see how latency scales.
+    """
     found: dict[tuple[object, ...], list[Record]] = {}
+    scaled = {id(record) for group in scaling.groups(records) for record in group.records}
     for record in records:
+        if id(record) in scaled:
+            continue
         if record.technique == "inference" and record.status in ("ok", OUT_OF_MEMORY):
             found.setdefault((record.mode, *(getattr(record, field) for field in SHARED)), []).append(record)
     return [group for group in map(_group, found.values()) if len(group.columns) > 1]
@@ -73,24 +94,26 @@ def tables(found: Sequence[Group]) -> Iterator[Table]:
     """Of each group the latencies, then how many times as long the others take as the first method."""
     for number, group in enumerate(found, 1):
         name = f"latency-{number}-{group.first.dataset}-{group.first.mode}"
-        yield latencies(name, group)
+        for part in group.parts:
+            yield latencies(name if part == "latency_s" else f"{name}-{part}", group, part)
         if (table := speedups(f"{name}-ratios", group)) is not None:
             yield table
 
 
-def latencies(name: str, group: Group) -> Table:
-    """Seconds of a request, or that it did not fit."""
+def latencies(name: str, group: Group, part: str = "latency_s") -> Table:
+    """Seconds of a request, or of the `part` of it, or that it did not fit."""
     rows = [
-        {"model": model, "testbed": testbed, **{label: _cell(cell.get(label)) for label in group.columns}}
+        {"model": model, "testbed": testbed, **{label: _cell(cell.get(label), part) for label in group.columns}}
         for (model, testbed), cell in group.cells.items()
     ]
-    return Table(name, group.title, pd.DataFrame(rows), heads=2)
+    return Table(name, f"{PARTS[part]}, {group.title}", pd.DataFrame(rows), heads=2)
 
 
-def _cell(record: Record | None) -> str | None:
+def _cell(record: Record | None, part: str) -> str | None:
     if record is None:
         return None
-    return "out of memory" if record.status == OUT_OF_MEMORY else f"{record.latency_s:.4g}"
+    seconds = getattr(record, part)
+    return "out of memory" if record.status == OUT_OF_MEMORY else None if seconds is None else f"{seconds:.4g}"
 
 
 def speedups(name: str, group: Group) -> Table | None:

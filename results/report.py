@@ -13,7 +13,21 @@ import pandas as pd
 from harness import store
 from harness.compare import title as run_title
 from harness.records import Record
-from results import agreement, claims, document, figures, latency, papers, quality, rates, scores, tables, validation
+from results import (
+    agreement,
+    claims,
+    document,
+    figures,
+    galaxy_claims,
+    latency,
+    papers,
+    quality,
+    rates,
+    scaling,
+    scores,
+    tables,
+    validation,
+)
 from results.comparison import COUNTED_BYTES, Comparison, compare
 from results.document import Block, Bullets, Folded, Heading, Text
 from results.papers import Paper
@@ -129,11 +143,16 @@ def _quality(records: Sequence[Record]) -> Iterator[Block]:
 
 
 def _latency(records: Sequence[Record]) -> Iterator[Block]:
-    """Nothing where no two methods answered the same requests."""
-    found = latency.groups(records)
-    if found:
+    """Nothing where no two methods answered the same requests, and no family of testbeds has a single device."""
+    if found := latency.groups(records):
         yield Heading(2, "Latency of requests")
         yield from latency.tables(found)
+    if scaled := scaling.groups(records):
+        yield Heading(2, "Latency on more devices")
+        yield from scaling.tables(scaled)
+    if (claimed := galaxy_claims.table(records)) is not None:
+        yield Heading(2, "What Galaxy claims")
+        yield claimed
 
 
 def _validation(folder: Path) -> Iterator[Block]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -22,9 +22,12 @@ __all__ = ["Assumption", "Testbed", "devices", "load", "load_device", "names"]
 
 MODES = ("simulated", "emulated", "real")
 DUPLEX = ("full", "half", "shared")
-PACED, QUOTA = "paced", "quota"
+PACED, SLOWED, QUOTA = "paced", "slowed", "quota"
 MAX_DEVICES = 10_000
 FAMILY = "-N"
+MEMORY = "usable_memory_bytes"
+#: What can be asked for with an @ behind a testbed's name: unit -> the constant that it changes, and its size.
+CHANGES = {"mbit": ("nominal_mbit_per_s", 1.0), "ms": ("latency_s", 1e-3), "gib": (MEMORY, 2.0**30)}
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def names() -> list[str]:
 
 
 def load(name_or_path: str) -> Testbed:
-    """A testbed by its name, or by the path of a TOML file, with other links where an @ asks for them.
+    """A testbed by its name, or by the path of a TOML file, with other links or memories where an @ asks for them.
 
     Raises OrreryError for anything wrong with any of it.
     """
@@ -99,7 +102,7 @@ def load(name_or_path: str) -> Testbed:
     if ".toml@" in name_or_path:  # the path of a file may have an @ of its own
         folder, _, rest = name_or_path.rpartition(".toml@")
         place, asked = f"{folder}.toml", rest.split("@")
-    links = _links(name_or_path, asked)
+    changes = _changes(name_or_path, asked)
     if place.endswith(".toml"):
         path = Path(place).expanduser()
         if _is_family(path):
@@ -107,30 +110,30 @@ def load(name_or_path: str) -> Testbed:
                 f"{path} describes a family of testbeds. The file of a single testbed has no {FAMILY!r} at the end of "
                 "its name, and `count` in its [[devices]] instead of `counts`."
             )
-        return _load(path, "@".join((path.stem, *asked)), links)
+        return _load(path, "@".join((path.stem, *asked)), changes)
     path = _folder() / f"{place}.toml"
     if path.exists() and not _is_family(path):
-        return _load(path, name_or_path, links)
+        return _load(path, name_or_path, changes)
     if match := re.fullmatch(r"(.+)-([1-9][0-9]*)", place):
         path = _folder() / f"{match[1]}{FAMILY}.toml"
         if path.exists():
-            return _load(path, name_or_path, links, int(match[2]))
+            return _load(path, name_or_path, changes, int(match[2]))
     raise unknown_name("testbed", place, names())
 
 
-def _links(name: str, asked: Sequence[str]) -> dict[str, Constant]:
-    """The constants of the links that the testbed's name asks for: "500mbit" is a nominal rate, "5ms" a latency."""
+def _changes(name: str, asked: Sequence[str]) -> dict[str, Constant]:
+    """The constants that the testbed's name asks for: "500mbit" is a nominal rate of the links, "5ms" their latency,
+    "8gib" the memory of every device."""
     found: dict[str, Constant] = {}
     for text in asked:
-        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(mbit|ms)", text)
-        key = "latency_s" if match is not None and match[2] == "ms" else "nominal_mbit_per_s"
-        if match is None or key in found or (key == "nominal_mbit_per_s" and float(match[1]) == 0):
+        match = re.fullmatch(rf"([0-9]+(?:\.[0-9]+)?)({'|'.join(CHANGES)})", text)
+        key, unit = CHANGES[match[2]] if match is not None else ("", 0.0)
+        if match is None or key in found or (key != "latency_s" and float(match[1]) == 0):
             raise OrreryError(
-                f"The testbed {name!r} asks for links of {text!r}. Give a rate like @500mbit, a latency like @5ms, or "
-                "both, each once."
+                f"The testbed {name!r} asks for {text!r}. Give a rate of the links like @500mbit, a latency like @5ms, "
+                "the memory of a device like @8gib, or several of them, each once."
             )
-        value = float(match[1]) / (1000 if key == "latency_s" else 1)
-        found[key] = Constant(value, "definition", "asked for by the testbed's name")
+        found[key] = Constant(float(match[1]) * unit, "definition", "asked for by the testbed's name")
     return found
 
 
@@ -150,11 +153,12 @@ def _counts(table: Table) -> list[int]:
     return table.list_of("counts", int, "whole numbers of at least 1", lambda count: count >= 1)
 
 
-def _load(path: Path, name: str, links: Mapping[str, Constant], count: int | None = None) -> Testbed:
+def _load(path: Path, name: str, changes: Mapping[str, Constant], count: int | None = None) -> Testbed:
     """Read one environment. `count` is the N of a family's member, None where the file is no family.
 
-    `links` are constants of its links that hold instead of the file's.
+    `changes` are constants that hold instead of the file's: of its links, and the memory of every device.
     """
+    links = {key: constant for key, constant in changes.items() if key != MEMORY}
     table = read(path)
     description = table.text("description").replace("{N}", str(count))
     modes = table.list_of("modes", str, f"modes, of {', '.join(MODES)}", lambda mode: mode in MODES)
@@ -166,6 +170,8 @@ def _load(path: Path, name: str, links: Mapping[str, Constant], count: int | Non
             raise OrreryError(f"There is no testbed called {name!r}. Its family has {members}.")
     computing = table.choice("computing", (PACED, QUOTA)) if table.has("computing") else PACED
     slots = _slots(table, path.parent, count)
+    if MEMORY in changes:
+        slots = [replace(slot, memory_bytes=int(changes[MEMORY].value)) for slot in slots]
     link = table.table("link")
     ranks = {f"device{rank}": slot for rank, slot in enumerate(slots)}
     events = tuple(_events(table, ranks))
@@ -195,7 +201,7 @@ def _load(path: Path, name: str, links: Mapping[str, Constant], count: int | Non
         latency_s=constants["latency_s"].value,
         duplex=duplex,
     )
-    used = {slot.profile.name: _used(slot.profile, medium) for slot in slots} | {"link": constants}
+    used = {slot.profile.name: _used(slot.profile, medium, changes) for slot in slots} | {"link": constants}
     own = {d for d, slot in ranks.items() if slot.memory_bytes is not None or slot.profile.measured is None}
     return Testbed(
         name=name,
@@ -295,9 +301,9 @@ def _port_mbit_per_s(profile: DeviceProfile, medium: str, link_mbit_per_s: float
     return min(link_mbit_per_s, profile.required(PORT_CONSTANTS[medium]))
 
 
-def _used(profile: DeviceProfile, medium: str) -> dict[str, Constant]:
-    """The constants of a profile that reach the cluster."""
-    keys = {*MODEL_CONSTANTS, PORT_CONSTANTS.get(medium)}
+def _used(profile: DeviceProfile, medium: str, changes: Collection[str]) -> dict[str, Constant]:
+    """The constants of a profile that reach the cluster: not those in whose place are others."""
+    keys = {*MODEL_CONSTANTS, PORT_CONSTANTS.get(medium)}.difference(changes)
     return {key: constant for key, constant in profile.constants.items() if key in keys}
 
 

@@ -170,9 +170,20 @@ def test_a_name_can_ask_for_other_links(tmp_path: Path) -> None:
     assert ("link", "nominal_mbit_per_s") not in {(a.owner, a.key) for a in other.assumptions}
 
 
-@pytest.mark.parametrize("asked", ["500", "500Mbit", "0mbit", "-5ms", "5ms@6ms", "1mbit@2mbit", ""])
-def test_links_that_make_no_sense_are_refused(asked: str) -> None:
-    with pytest.raises(OrreryError, match="asks for links of"):
+def test_a_name_can_ask_for_other_memory() -> None:
+    usual, other = load("galaxy-e"), load("galaxy-e@0.5gib@5ms")
+    assert [device.memory_bytes for device in other.cluster.devices] == [2**29, 2**29]
+    assert [replace(d, memory_bytes=0) for d in other.cluster.devices] == [
+        replace(d, memory_bytes=0) for d in usual.cluster.devices
+    ]
+    assert "usable_memory_bytes" in {a.key for a in usual.assumptions} - {a.key for a in other.assumptions}
+    assert other.own_memory == usual.own_memory
+    assert load("local-2@1gib").own_memory == {"device0", "device1"}
+
+
+@pytest.mark.parametrize("asked", ["500", "500Mbit", "0mbit", "0gib", "8gib@9gib", "-5ms", "5ms@6ms", "1mbit@2mbit"])
+def test_changes_that_make_no_sense_are_refused(asked: str) -> None:
+    with pytest.raises(OrreryError, match="asks for "):
         load(f"galaxy-e@{asked}")
 
 
