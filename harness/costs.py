@@ -138,6 +138,7 @@ class Costs:
     `loaded` are those of the inputs that are values of the plan: what a cache of the frozen part's results provides
     (see `cached`), or what was kept of the tokens before. `kept` are tensors that outlive a pass, on the device that
     makes them. Where tokens are generated this is the chain of the prompt, and `decoding` that of one more token.
+    `fixed_shares[table]`: of each unit's measured time the share that every part of it takes, too; none: as the whole.
     `core_flops_per_s[table]` is what a core of the measured machine did at that time (see `harness.profile.core`).
     `key` identifies the content: same key, same costs.
     """
@@ -151,6 +152,7 @@ class Costs:
     training: bool
     measured: dict[str, dict[str, tuple[tuple[tuple[int, float], ...], ...]]] = field(default_factory=dict, hash=False)
     core_flops_per_s: dict[str, float] = field(default_factory=dict, hash=False)
+    fixed_shares: dict[str, tuple[float, ...]] = field(default_factory=dict, hash=False)
     loaded: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     decoding: Costs | None = None
@@ -385,8 +387,8 @@ class Costs:
     def seconds(self, device: Device, first: int, last: int, direction: str, rows: int, fraction: float = 1.0) -> float:
         """Time of one pass of `rows` rows over the range on the device; of that `fraction` of their tokens and width.
 
-        A part has its share of the FLOPs, and as many kernels as the whole; of a measured time, which does not tell one
-        from the other, it has its share. One more token takes as long as the memory needs to give what every unit
+        A part has its share of the FLOPs, and as many kernels as the whole; of a measured time it has the fixed share,
+        and its share of the rest. One more token takes as long as the memory needs to give what every unit
         reads, where that is longer than the arithmetic: rates of products are those of many tokens.
         """
         if rows == 0:
@@ -395,8 +397,8 @@ class Costs:
         key = (device, first, last, direction, rows, fraction)
         if key not in cache:
             if device.measured is not None:
-                measured = self.measured_seconds(device.measured, first, last, direction, rows)
-                cache[key] = measured * fraction / device.share
+                measured = self.measured_seconds(device.measured, first, last, direction, rows, fraction)
+                cache[key] = measured / device.share
             elif self.decodes:
                 units = self.executed(first, last)
                 cache[key] = sum(
@@ -420,16 +422,23 @@ class Costs:
             return self.measured_seconds(device.measured, first, last, UPDATE, 1) / device.share
         return nbytes / device.memory_bandwidth
 
-    def measured_seconds(self, table: str, first: int, last: int, direction: str, rows: int) -> float:
-        """Time of one pass, or update, of a whole core of the machine that was measured."""
+    def measured_seconds(
+        self, table: str, first: int, last: int, direction: str, rows: int, fraction: float = 1.0
+    ) -> float:
+        """Time of one pass, or update, of a whole core of the machine that was measured; fraction: as `seconds`.
+
+        Local units are done whole, whatever the part.
+        """
         if table not in self.measured:
             raise OrreryError(
                 f"There are no measured times called {table!r} for this workload. Run `orrery profile` first."
             )
         columns = self.measured[table][direction]
         local = {unit.name: len(self.units) + i for i, unit in enumerate(self.local_units)}
-        indices = [*range(first, last), *(local[u.name] for u in self.locals_of(first, last))]
-        return sum(_interpolate(columns[i], rows) for i in indices)
+        whole = sum(_interpolate(columns[local[unit.name]], rows) for unit in self.locals_of(first, last))
+        shares = self.fixed_shares.get(table) or (0.0,) * len(self.units)
+        parts = ((shares[i], _interpolate(columns[i], rows)) for i in range(first, last))
+        return whole + sum(seconds * (fixed + (1 - fixed) * fraction) for fixed, seconds in parts)
 
 
 def _emptied(unit: UnitCost) -> UnitCost:

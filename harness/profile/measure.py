@@ -34,6 +34,7 @@ from harness.models.layered import Layered, Unit
 from harness.optimizers import optimizer_for
 from harness.profile import store
 from harness.profile.core import Core
+from harness.profile.parts import fixed_shares
 from harness.threads import one_thread
 from harness.workload import Workload
 
@@ -88,6 +89,7 @@ def measured(
         "dropout": "keyed",
         "freed memory": "kept",
         "caches": "warm",
+        "parts": "measured",
     }
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
     path = store.folder() / f"{costs.key}-{digest}.json"
@@ -105,11 +107,14 @@ def measured(
         if workload.training:
             optimizer = optimizer_for(workload, [p for p in layered.root.parameters() if p.requires_grad])
         timed = measure_units(layered, optimizer, batch_of, rows, repeats, least_s)
+        if not workload.training and any(unit.cut is not None for unit in costs.units):
+            timed = timed._replace(fixed_shares=fixed_shares(workload, costs, batch_of(max(rows)), least_s))
         store.write(path, timed._asdict())
     return replace(
         costs,
         measured={**costs.measured, LOCAL: timed.seconds},
         core_flops_per_s={**costs.core_flops_per_s, LOCAL: timed.core_flops_per_s},
+        fixed_shares={**costs.fixed_shares, LOCAL: timed.fixed_shares},
     )
 
 

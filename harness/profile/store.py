@@ -19,10 +19,14 @@ Content = TypeVar("Content")
 
 
 class Timed(NamedTuple):
-    """What the units of a workload cost on one machine, and how fast a core of it was then, in FLOP/s."""
+    """What the units of a workload cost on one machine, and how fast a core of it was then, in FLOP/s.
+
+    `fixed_shares` as `Costs.fixed_shares` has them.
+    """
 
     seconds: Seconds
     core_flops_per_s: float
+    fixed_shares: tuple[float, ...] = ()
 
 
 def folder() -> Path:
@@ -104,7 +108,7 @@ def timed_from_dict(content: dict[str, Any]) -> Timed:
         direction: tuple(tuple((rows, seconds) for rows, seconds in points) for points in units)
         for direction, units in content["seconds"].items()
     }
-    return Timed(seconds, content["core_flops_per_s"])
+    return Timed(seconds, content["core_flops_per_s"], tuple(content["fixed_shares"]))
 
 
 def _unit(**content: Any) -> UnitCost:
