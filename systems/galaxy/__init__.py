@@ -25,9 +25,10 @@ ALL = "all"
 CHOICES = (ALL, "fastest")
 #: `overlap`: transfers run tile by tile beside the products that they feed, or that feed them. `tiles`: pieces of each
 #: device's tokens on their way round the ring. `split`: of heads and columns, by a "heuristic" that stands for the
-#: paper's (assumed), the "exact" one, or "equal". `choose`: hybrid parallelism on "all" devices, as in the paper, or
-#: the "fastest" of all schemes on some or all of them, as simulated.
-OPTIONS: dict[str, object] = {"overlap": True, "tiles": 1, "split": PAPER, "choose": ALL}
+#: paper's (assumed), the "exact" one, or "equal". `scheme`: "hybrid" as in the paper; "tensor" is Megatron's under this
+#: planner. `choose`: the scheme on "all" devices, as in the paper, or the "fastest" of all schemes on some or all of
+#: them, as simulated.
+OPTIONS: dict[str, object] = {"overlap": True, "tiles": 1, "split": PAPER, "scheme": HYBRID, "choose": ALL}
 
 
 def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[str, object]) -> Plan:
@@ -37,7 +38,7 @@ def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[st
         raise OrreryError(f"galaxy.overlap is {overlap!r}; it must be true or false.")
     if type(tiles) is not int or tiles < 1:
         raise OrreryError(f"galaxy.tiles is {tiles!r}; it must be a whole number of at least 1.")
-    for key, allowed in (("split", SPLITS), ("choose", CHOICES)):
+    for key, allowed in (("split", SPLITS), ("scheme", SCHEMES), ("choose", CHOICES)):
         if options[key] not in allowed:
             raise unknown_name(f"value of galaxy.{key}", str(options[key]), allowed)
 
@@ -50,7 +51,7 @@ def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[st
         return _within_memory(workload, costs, cluster, devices, str(options["split"]), of)
 
     if options["choose"] == ALL:
-        return fastest([partial(candidate, cluster.names, HYBRID)], costs, cluster)
+        return fastest([partial(candidate, cluster.names, str(options["scheme"]))], costs, cluster)
     return fastest([partial(candidate, *which) for which in _alternatives(costs, cluster, workload)], costs, cluster)
 
 

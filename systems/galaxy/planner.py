@@ -214,12 +214,31 @@ def _reached(loads: Sequence[Load], seconds: float, total: int) -> bool:
     return sum(load.within(seconds, total) for load in loads) >= total
 
 
+def _may_be_within(task: Problem, time: float, pace: float) -> bool:
+    """Whether parts of heads and columns would fit: where they don't, whole ones don't either.
+
+    A device with as many columns as it can do has room for some heads besides; every further head takes the place of
+    as many columns on any device.
+    """
+    heads = columns = beside = 0.0
+    for attention, mlp, room in zip(task.attention, task.mlp, task.room, strict=True):
+        room = max(0, room)
+        most_heads = min(attention.within(time, task.heads), room / task.head_bytes)
+        most_columns = min(mlp.within(pace, task.columns), room / task.column_bytes)
+        heads, columns = heads + most_heads, columns + most_columns
+        beside += min(most_heads, (room - most_columns * task.column_bytes) / task.head_bytes)
+    displaced = max(0.0, task.heads - beside) * task.head_bytes / task.column_bytes
+    return heads >= task.heads * (1 - 1e-12) and columns - displaced >= task.columns * (1 - 1e-12)
+
+
 #: Fewer columns than any device can lack: no number of devices makes up for it.
 _IMPOSSIBLE = -(2**40)
 
 
 def _within(task: Problem, time: float, pace: float) -> Split | None:
     """A split whose attention takes at most `time`, and whose MLP takes at most `pace`, on every device."""
+    if not _may_be_within(task, time, pace):
+        return None
     rest = np.arange(task.heads + 1)[:, None] - np.arange(task.heads + 1)[None, :]  # heads for the devices before
     most = np.full(task.heads + 1, _IMPOSSIBLE, dtype=np.int64)
     most[0] = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import math
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -22,6 +23,7 @@ from harness.sharded import shared_block
 from harness.simulator import simulate
 from harness.workload import Workload
 from systems import galaxy
+from testbeds import library
 
 CLOCKS = {"L": 1.47, "M": 0.921, "S": 0.403}
 ENVIRONMENTS = {"A": "MM", "B": "MMM", "C": "MMMM", "D": "LM", "E": "LS", "F": "LMS"}
@@ -36,6 +38,8 @@ LOCAL = "Local (fastest single device)"
 ASYNCHRONOUS = {(env, "SP (equal split)") for env in "DEF"}
 #: They round heads another way (8, 5, 3 and 11, 6, 3), or split Megatron's as if heads could be cut.
 ROUNDED = {("F", baseline) for baseline in (*METHODS, LOCAL)} | {("B", "M-LM (equal split)")}
+#: Of a Nano-M, as the library has it.
+GFLOPS = 8
 QUICK = {("Bert-L", "A"), ("Bert-L", "E"), ("DistilBert", "C")}
 
 Row = dict[str, str]
@@ -96,3 +100,49 @@ def test_all_of_them_but_those_with_a_reason() -> None:
     print(f"\n{sum(abs(error(row)) <= 0.03 for row in ROWS)} of {len(ROWS)} within 3 %; else {far}")
     assert {(environment, baseline) for environment, baseline, _ in far} <= ASYNCHRONOUS | ROUNDED
     assert max(map(abs, far.values())) < 0.16
+
+
+#: What separates the closed forms from full profiles, added one after the other.
+TERMS = ("one layer", "+ ends of the model", "+ headers", "+ latency", "+ memory traffic")
+
+
+def terms(model: str, environment: str, baseline: str) -> tuple[list[float], float]:
+    """The ratio after each term, and that of the library's testbed."""
+    bed = library.load(f"galaxy-{environment.lower()}").cluster
+    ideal = boards(environment, GFLOPS)
+    shaped = replace(ideal, bandwidth=bed.bandwidth)
+    late = replace(shaped, latency_s=bed.latency_s)
+    full = replace(
+        late,
+        devices=tuple(
+            replace(device, memory_bandwidth=board.memory_bandwidth, rates=board.rates)
+            for device, board in zip(late.devices, bed.devices, strict=True)
+        ),
+    )
+    roomy = replace(bed, devices=tuple(replace(device, memory_bytes=10**12) for device in bed.devices))
+    layer = layer_s(model, environment, GFLOPS, baseline) / layer_s(model, environment, GFLOPS, "galaxy")
+    steps = [layer, *(ratio(model, cluster, baseline) for cluster in (ideal, shaped, late, full))]
+    return steps, ratio(model, roomy, baseline)
+
+
+def ratio(model: str, cluster: Cluster, baseline: str) -> float:
+    """How many times as long as Galaxy a whole request takes."""
+    load, costs = Workload(MODELS[model], "qnli", 1, 1, technique="inference", seq_len=284), costs_of(model)
+    found = []
+    for method, options in (METHODS[baseline], (galaxy, {})):
+        found.append(simulate(method.plan(load, costs, cluster, {**method.OPTIONS, **options}), costs, cluster).total_s)
+    return found[0] / found[1]
+
+
+@pytest.mark.slow
+def test_from_closed_forms_to_full_profiles() -> None:
+    """The difference of the library's cells from the closed forms, term by term; nothing is left at the end."""
+    rows = [row for row in ROWS if float(row["gemm_rate_gflops"]) == GFLOPS]
+    closed = {(row["model"], row["environment"], row["baseline"]): row["speedup"] for row in rows}
+    print(f"\n| model | environment | baseline | closed form | {' | '.join(TERMS)} |\n|{'---|' * (4 + len(TERMS))}")
+    for (model, environment, baseline), speedup in closed.items():
+        if baseline == LOCAL:
+            continue
+        steps, library_s = terms(model, environment, baseline)
+        print(f"| {model} | {environment} | {baseline} | {speedup} | {' | '.join(f'{step:.2f}' for step in steps)} |")
+        assert steps[-1] == pytest.approx(library_s, rel=1e-3)

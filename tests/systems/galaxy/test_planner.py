@@ -10,6 +10,7 @@ from statistics import median
 
 import pytest
 
+from baselines import megatron
 from harness import profile
 from harness.cluster import Cluster
 from harness.errors import OrreryError, OutOfMemory
@@ -142,6 +143,15 @@ def test_plans_balance_speed_and_keep_within_memory() -> None:
         assert simulate(plan, costs, tight).peak_bytes["device0"] <= less
 
 
+def test_megatrons_scheme_can_have_the_same_planner() -> None:
+    boards = cluster(2, bandwidth=1e6, speeds=(3.0, 1.0))
+    seconds, summary = of(boards, scheme="tensor")
+    assert (summary["scheme"], summary["heads"], summary["overlap"]) == ("tensor", [3, 1], False)
+    costs = profile.count(BERT)
+    balanced = megatron.plan(BERT, costs, boards, {"shares": "speed"})
+    assert seconds == pytest.approx(simulate(balanced, costs, boards).total_s, rel=1e-3)
+
+
 def test_what_fits_nowhere_is_out_of_memory() -> None:
     with pytest.raises(OutOfMemory, match="MiB missing"):
         of(cluster(2, memory_bytes=500_000))
@@ -157,7 +167,8 @@ def test_on_slow_links_the_best_board_alone_is_chosen() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"overlap": "yes"}, {"tiles": 0}, {"tiles": True}, {"split": "fair"}, {"choose": "best"}]
+    "options",
+    [{"overlap": "yes"}, {"tiles": 0}, {"tiles": True}, {"split": "fair"}, {"scheme": "ring"}, {"choose": "best"}],
 )
 def test_wrong_options_are_refused_by_name(options: dict[str, object]) -> None:
     (name,) = options
