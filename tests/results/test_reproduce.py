@@ -37,6 +37,7 @@ def test_every_experiment_can_be_asked(name: str) -> None:
 SHAPED = {
     "emulated": ["emu-4-50mbit", "emu-4-200mbit"],
     "emulated-galaxy": ["emu-4-slow-50mbit@25mbit", "emu-4-slow-50mbit", "emu-4-slow-50mbit@125mbit"],
+    "emulated-generation": ["emu-4-slow-50mbit@25mbit", "emu-4-slow-50mbit@125mbit"],
     "emulated-pac": ["emu-4-50mbit"],
 }
 WHAT = ("full", "added", "beside", "pruned")

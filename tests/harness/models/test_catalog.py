@@ -22,6 +22,7 @@ PARAMETERS_MILLIONS = {
     "bert-base": 110,
     "bert-large": 336,
     "distilbert": 66,
+    "gpt2": 124,
     "gpt2-large": 774,
     "opt-1.3b": 1316,
     "opt-2.7b": 2652,
