@@ -27,7 +27,7 @@ from itertools import accumulate, pairwise
 
 from harness.cluster import Cluster
 from harness.costs import FORWARD, Costs, UnitCost, WidthCut
-from harness.errors import Unsupported, unknown_name
+from harness.errors import OrreryError, Unsupported, unknown_name
 from harness.plan import Action, Collective, Combine, Compute, Free, Phase, Plan, Recv, Send, Shard, Tensor, Value
 from harness.plan.actions import reads, writes
 from harness.plan.collectives import chunks
@@ -264,6 +264,14 @@ def shares_of(costs: Costs, cluster: Cluster, rows: int, how: str, tokens: bool)
     if tokens:
         return replace(even, tokens=tuple(split(block.tokens, speeds)))
     return replace(even, heads=tuple(split(block.heads, speeds)), columns=tuple(split(block.columns, speeds)))
+
+
+def whole_tiles(method: str, options: Mapping[str, object]) -> int:
+    """The method's option `tiles`. Raises OrreryError for what is no number of pieces."""
+    tiles = options["tiles"]
+    if type(tiles) is not int or tiles < 1:
+        raise OrreryError(f"{method}.tiles is {tiles!r}; it must be a whole number of at least 1.")
+    return tiles
 
 
 def plan_sharded(

@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from baselines import eddl, pipedream_1f1b
-from harness.costs import Costs
+from baselines import eddl, megatron, pipedream_1f1b, sequence_parallel
+from harness.cluster import Device
+from harness.costs import FORWARD, Costs
 from harness.engine import Execution
 from harness.plan import Collective, Plan
 from harness.runner import profile_of
+from harness.simulator import simulate
 from harness.workload import Workload
+from systems import galaxy
 from testbeds import emulated, library
 from testbeds.emulation import calibration, cgroups, leftovers
 from testbeds.emulation.machine import Machine
@@ -37,6 +40,10 @@ ROUNDS, RING_ROUNDS = 7, 5
 DEVICES = tuple(f"device{i}" for i in range(4))
 TRAINED = Workload("bert-tiny", "synthetic", num_samples=160, batch_size=16, steps=10, seq_len=64, dropout=0.0)
 MICRO_BATCHES = 4
+SERVED = Workload(
+    "distilbert", "synthetic", num_samples=2, batch_size=1, technique="inference", seq_len=284, num_labels=2
+)
+SERVED_ROUNDS = 3
 #: 4 MB of float32.
 NUMEL = 2**20
 #: Mbit/s of every device's link -> iterations in a round. None: not shaped.
@@ -76,7 +83,7 @@ def test_training_beside_torch(capsys: pytest.CaptureFixture[str], monkeypatch: 
         },
     }
     seconds: dict[tuple[str, str], list[float]] = {(row, side): [] for row in sides for side in sides[row]}
-    with on_both(bed, pipeline, costs) as (execute, opponents):
+    with on_both(bed, pipeline, TRAINED, costs) as (execute, opponents):
         for _ in range(ROUNDS):
             for row, side in seconds:
                 work = sides[row][side]
@@ -91,6 +98,53 @@ def test_training_beside_torch(capsys: pytest.CaptureFixture[str], monkeypatch: 
             print(f"| {row} | {side} | {length:.4f} |")
     assert found["1F1B", "ours"] < found["1F1B", "Schedule1F1B"]
     assert found["data parallel", "ours"] < 1.1 * found["data parallel", "DDP"]
+
+
+@needs_rights
+@pytest.mark.parametrize("mbit_per_s", [25, 50, 125])
+def test_inference_beside_torch(mbit_per_s: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Requests of 284 tokens on devices as slow beside their links as boards without a GPU."""
+    bed = library.load(f"emu-4-slow-50mbit@{mbit_per_s}mbit")
+    bed = replace(bed, cluster=replace(bed.cluster, latency_s=0.0))  # which our transport would add, and gloo not
+    costs = profile_of(SERVED, bed)
+    layer = "distilbert.transformer.layer.*."
+    fields = {
+        "workload": asdict(SERVED),
+        "batches": batches_of(SERVED),
+        "columns": [f"{layer}{name}" for name in ("attention.q_lin", "attention.k_lin", "attention.v_lin", "ffn.lin1")],
+        "rows": [f"{layer}{name}" for name in ("attention.out_lin", "ffn.lin2")],
+        "share": bed.cluster.devices[0].share,
+        "pace": paces(costs, bed.cluster.devices[0], len(bed.cluster.devices)),
+    }
+    sides: dict[str, Plan | Task] = {
+        "galaxy": galaxy.plan(SERVED, costs, bed.cluster, galaxy.OPTIONS),
+        "galaxy, no overlap": galaxy.plan(SERVED, costs, bed.cluster, {**galaxy.OPTIONS, "overlap": False}),
+        "galaxy, 2 tiles": galaxy.plan(SERVED, costs, bed.cluster, {**galaxy.OPTIONS, "tiles": 2}),
+        "megatron": megatron.plan(SERVED, costs, bed.cluster, megatron.OPTIONS),
+        "megatron, 2 tiles": megatron.plan(SERVED, costs, bed.cluster, {**megatron.OPTIONS, "tiles": 2}),
+        "sequence-parallel": sequence_parallel.plan(SERVED, costs, bed.cluster, sequence_parallel.OPTIONS),
+        "DTensor": Task("dtensor", **fields),
+        "transformers": Task("transformers", **fields),
+    }
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    with on_both(bed, sides["galaxy"], SERVED, costs) as (execute, opponents):
+        for _ in range(SERVED_ROUNDS):
+            for side, work in sides.items():
+                if isinstance(work, Plan):
+                    seconds[side] += iterations(execute(work, SERVED, costs))
+                else:
+                    seconds[side] += opponents.seconds(work, SERVED.num_samples)
+    found = {side: statistics.median(lengths) for side, lengths in seconds.items()}
+    simulated = {
+        side: simulate(work, costs, bed.cluster).phases[0].iteration_s[0]
+        for side, work in sides.items()
+        if isinstance(work, Plan)
+    }
+    with capsys.disabled():
+        print(f"\n\n| {mbit_per_s} Mbit/s | s per request | simulated |\n|---|---|---|")
+        for side, length in found.items():
+            print(f"| {side} | {length:.3f} | {simulated.get(side, float('nan')):.3f} |")
+    assert found["galaxy"] < found["DTensor"]
 
 
 @needs_rights
@@ -146,13 +200,21 @@ def test_what_an_action_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 @contextmanager
-def on_both(bed: Testbed, plan: Plan, costs: Costs) -> Iterator[tuple[Callable[..., Execution], Crew]]:
+def on_both(
+    bed: Testbed, plan: Plan, workload: Workload, costs: Costs
+) -> Iterator[tuple[Callable[..., Execution], Crew]]:
     """The testbed, brought up and shaped by a first run of ours, and torch's ranks on its devices."""
     with emulated.opened(bed) as execute:
-        execute(plan, TRAINED, costs)
+        execute(plan, workload, costs)
         emulation = execute.__self__
         with crew(emulation.machine, emulation.folder, isolated=True) as opponents:
             yield execute, opponents
+
+
+def paces(costs: Costs, device: Device, count: int) -> list[float]:
+    """How long every unit takes on one of so many equal devices: a share of those that are cut, the whole of others."""
+    shares = [1.0 if unit.cut is None else 1 / count for unit in costs.units]
+    return [costs.seconds(device, i, i + 1, FORWARD, 1, share) for i, share in enumerate(shares)]
 
 
 def cuts(plan: Plan, costs: Costs) -> list[tuple[int, str, list[int]]]:

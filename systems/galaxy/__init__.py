@@ -14,7 +14,17 @@ from harness.costs import Costs
 from harness.errors import OrreryError, OutOfMemory, unknown_name
 from harness.plan import Plan
 from harness.search import fastest
-from harness.sharded import EQUAL, HYBRID, SCHEMES, SEQUENCE, Shares, even_shares, plan_sharded, shared_block
+from harness.sharded import (
+    EQUAL,
+    HYBRID,
+    SCHEMES,
+    SEQUENCE,
+    Shares,
+    even_shares,
+    plan_sharded,
+    shared_block,
+    whole_tiles,
+)
 from harness.simulator import estimate
 from harness.workload import Workload
 from systems.galaxy.planner import Problem, Split, balanced, exact, heuristic, problem
@@ -33,11 +43,9 @@ OPTIONS: dict[str, object] = {"overlap": True, "tiles": 1, "split": PAPER, "sche
 
 def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[str, object]) -> Plan:
     """The plan of the chosen split. Raises OutOfMemory where the weights fit nowhere, and says what is missing."""
-    overlap, tiles = options["overlap"], options["tiles"]
+    overlap, tiles = options["overlap"], whole_tiles("galaxy", options)
     if not isinstance(overlap, bool):
         raise OrreryError(f"galaxy.overlap is {overlap!r}; it must be true or false.")
-    if type(tiles) is not int or tiles < 1:
-        raise OrreryError(f"galaxy.tiles is {tiles!r}; it must be a whole number of at least 1.")
     for key, allowed in (("split", SPLITS), ("scheme", SCHEMES), ("choose", CHOICES)):
         if options[key] not in allowed:
             raise unknown_name(f"value of galaxy.{key}", str(options[key]), allowed)

@@ -1,4 +1,5 @@
-"""One rank of torch's own: DistributedDataParallel, 1F1B of torch.distributed.pipelining, and gloo's collectives.
+"""One rank of torch's own: DistributedDataParallel, 1F1B of torch.distributed.pipelining, tensor parallelism by DTensor
+and by transformers, and gloo's collectives.
 
     python -m tests.opponents.rank RANK NUM_RANKS ADDRESS FOLDER [ENTRANCE...]
 
@@ -23,14 +24,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
 
 from harness import datasets, models, samples
 from harness.fleet.processes import die_with_parent, enter
 from harness.heap import keep_freed_memory
 from harness.models.layered import Layered
 from harness.optimizers import optimizer_for
+from harness.plan.pieces import ROWS
 from harness.samples import Dataset
 from harness.workload import Workload
 from testbeds.emulation.cgroups import Entrances
@@ -42,10 +48,12 @@ WARM_UPS = 2
 
 @dataclass(frozen=True)
 class Task:
-    """`kind`: "ddp", "late-all-reduce", "1f1b", or a collective of `numel` float32.
+    """`kind`: "ddp", "late-all-reduce", "1f1b", "dtensor", "transformers", or a collective of `numel` float32.
 
-    `batches`: the sample ids of each step, over and over. `cuts`: where each stage but the first begins, with the name
-    and the shape of one row of all that it is handed.
+    `batches`: the sample ids of each step, or request, over and over. `cuts`: where each stage but the first begins,
+    with the name and the shape of one row of all that it is handed. `columns` and `rows`: names of the products that
+    tensor parallelism cuts by output and by input, `*` for a layer's number. `pace`: the seconds that each unit shall
+    take, as our paced devices do, which are as fast as a `share` of a core.
     """
 
     kind: str
@@ -53,6 +61,10 @@ class Task:
     batches: Sequence[Sequence[int]] = ()
     num_micro_batches: int = 1
     cuts: Sequence[tuple[int, str, Sequence[int]]] = ()
+    columns: Sequence[str] = ()
+    rows: Sequence[str] = ()
+    pace: Sequence[float] = ()
+    share: float = 1.0
     numel: int = 0
 
 
@@ -99,6 +111,10 @@ def build(task: Task, rank: int, num_ranks: int, folder: Path) -> Iteration:
     layered = models.build(workload)
     if task.kind == "ddp":
         return data_parallel(task, workload, layered, dataset, rank, num_ranks)
+    if task.kind in ("dtensor", "transformers"):
+        shard = by_dtensor if task.kind == "dtensor" else by_transformers
+        whole = models.build(workload, device="meta")  # of the other, DTensor changes the modules
+        return tensor_parallel(task, whole, shard(task, layered.root, rank, num_ranks, folder), dataset)
     if task.kind == "late-all-reduce":
         return late_all_reduce(task, workload, layered, dataset, rank, num_ranks)
     return pipeline(task, workload, layered, dataset, rank, num_ranks)
@@ -219,6 +235,77 @@ def pipeline(
         return sum(loss.item() for loss in found)
 
     return iteration
+
+
+def by_dtensor(task: Task, root: nn.Module, rank: int, num_ranks: int, folder: Path) -> nn.Module:
+    """The Hugging Face model with its products cut by torch's `parallelize_module`."""
+    mesh = init_device_mesh("cpu", (num_ranks,))
+    for style, names in ((ColwiseParallel, task.columns), (RowwiseParallel, task.rows)):
+        parallelize_module(root, mesh, {name: style() for name in names})
+    return root
+
+
+def by_transformers(task: Task, root: nn.Module, rank: int, num_ranks: int, folder: Path) -> nn.Module:
+    """The same by transformers, which has no plan of its own for this model (`tp_plan="auto"`), from a checkpoint."""
+    assert isinstance(root, PreTrainedModel)
+    if rank == 0:
+        root.save_pretrained(folder / "checkpoint")
+    dist.barrier()
+    plan = dict.fromkeys(task.columns, "colwise") | dict.fromkeys(task.rows, "rowwise")
+    config = DistributedConfig(tp_size=num_ranks, tp_plan=plan)
+    implementation = root.config._attn_implementation
+    model: nn.Module = type(root).from_pretrained(
+        folder / "checkpoint", distributed_config=config, attn_implementation=implementation
+    )
+    return model
+
+
+def tensor_parallel(task: Task, layered: Layered, model: nn.Module, dataset: Dataset) -> Iteration:
+    """A request per iteration. layered: the same model, whole, whose units say which modules are paced together."""
+    model.eval()
+    if task.pace:
+        Paced(layered, model, task.pace, task.share)
+
+    @torch.no_grad()
+    def iteration(number: int) -> Tensor:
+        batch = dataset.batch(task.batches[number % len(task.batches)])
+        logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return logits
+
+    return iteration
+
+
+class Paced:
+    """Lets every unit of a model last as long as on the device that is played: from when its first module begins until
+    its last one has ended. A unit without modules begins when the one before ends, and ends when the next begins.
+
+    A product by rows may send what it makes before anybody learns that it has ended. It waits before it begins, for
+    what the device needs longer than a core, which is as much faster as its `share` says.
+    """
+
+    def __init__(self, layered: Layered, model: nn.Module, seconds: Sequence[float], share: float) -> None:
+        self.began_s = 0.0
+        names = {id(module): name for name, module in layered.root.named_modules()}
+        held = [[model.get_submodule(names[id(module)]) for module in unit.held] for unit in layered.units]
+        for number, modules in enumerate(held):
+            if not modules:  # an attention core: between queries, keys and values and the product of what it makes
+                held[number + 1][0].register_forward_pre_hook(self._waits(seconds[number]))
+        for number, modules in enumerate(held):
+            if layered.units[number].kind in ROWS:
+                modules[0].register_forward_pre_hook(lambda *_, s=seconds[number]: time.sleep(s * (1 - share)))
+            elif modules:
+                modules[0].register_forward_pre_hook(self._begins)
+                modules[-1].register_forward_hook(self._waits(seconds[number]), prepend=True)
+
+    def _begins(self, *_: object) -> None:
+        self.began_s = time.perf_counter()
+
+    def _waits(self, seconds: float) -> Callable[..., None]:
+        def wait(*_: object) -> None:
+            time.sleep(max(0.0, self.began_s + seconds - time.perf_counter()))
+            self.began_s = time.perf_counter()
+
+        return wait
 
 
 def batches_of(workload: Workload) -> list[list[int]]:

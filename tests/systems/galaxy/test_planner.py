@@ -148,7 +148,7 @@ def test_megatrons_scheme_can_have_the_same_planner() -> None:
     seconds, summary = of(boards, scheme="tensor")
     assert (summary["scheme"], summary["heads"], summary["overlap"]) == ("tensor", [3, 1], False)
     costs = profile.count(BERT)
-    balanced = megatron.plan(BERT, costs, boards, {"shares": "speed"})
+    balanced = megatron.plan(BERT, costs, boards, {**megatron.OPTIONS, "shares": "speed"})
     assert seconds == pytest.approx(simulate(balanced, costs, boards).total_s, rel=1e-3)
 
 
