@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from tests.testbeds.processes import own_folders
 
 __all__ = ["own_folders"]
 
+TESTBEDS = Path(__file__).parents[2] / "testbeds" / "environments"
+needs_rights = pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="makes network namespaces")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="forks workers")
 RUN = {
     "dataset": "synthetic",
@@ -112,12 +115,47 @@ def test_answers_are_those_of_the_unsharded_model(own_folders: Path) -> None:
     assert fewer.max_rel_error is not None, "only what was asked for is compared"
 
 
+@linux
+def test_generated_tokens_are_those_of_the_unsharded_model(own_folders: Path) -> None:
+    """By every way to generate; what is compared are the logits of every token of every sample."""
+    run = {**TEXT, "model": "gpt2-tiny", "technique": "inference", "epochs": 1, "num_samples": 3, "batch_size": 2}
+    run = {**run, "evaluate": False, "verify": True, "testbed": "local-3", "new_tokens": 5}
+    for method in ("galaxy", "megatron", "sequence-parallel", "standalone"):
+        record = harness.run(**run, method=method)
+        assert (record.status, record.reason) == ("ok", None), method
+        assert record.max_rel_error is not None, method
+        assert record.max_rel_error < 1e-5, method
+        assert record.prefill_time_s is not None and record.time_per_token_s is not None
+        assert record.latency_s == pytest.approx(record.prefill_time_s + 4 * record.time_per_token_s)
+        simulated = harness.run(**{**run, "mode": "simulated"}, method=method)
+        assert simulated.comm_bytes == record.comm_bytes, method
+
+
+@needs_rights
+def test_uneven_shares_over_shaped_links(own_folders: Path) -> None:
+    """On three unequal devices answers are the unsharded model's, and bytes are those that the plan says."""
+    text = (TESTBEDS / "emu-4-50mbit.toml").read_text().replace("count = 4\ncpu_share = 0.25", "cpu_share = 0.1")
+    for share in (0.2, 0.05):
+        text = text.replace("[link]\n", f'[[devices]]\nprofile = "this-machine"\ncpu_share = {share}\n\n[link]\n', 1)
+    testbed = own_folders / "unequal.toml"
+    testbed.write_text(text)
+    run = {**TEXT, "model": "gpt2-tiny", "technique": "inference", "epochs": 1, "num_samples": 2, "batch_size": 1}
+    run = {**run, "evaluate": False, "verify": True, "testbed": str(testbed), "seq_len": 65}
+    for options in ({"overlap": True, "tiles": 2}, {"overlap": False}):
+        record = harness.run(**run, method="galaxy", options=options)
+        assert (record.status, record.reason) == ("ok", None)
+        assert record.plan is not None and len(set(record.plan["heads"])) > 1  # type: ignore[arg-type]
+        assert record.max_rel_error is not None and record.max_rel_error < 1e-5
+        simulated = harness.run(**{**run, "mode": "simulated"}, method="galaxy", options=options)
+        assert simulated.comm_bytes == record.comm_bytes
+
+
 def test_wrong_and_missing_answers_are_noticed() -> None:
     load = Workload("bert-tiny", "synthetic", 5, 2, technique="inference", seq_len=16)
     layered, dataset = models.build(load), datasets.load(load)
     with torch.no_grad():
         logits = layered.run(0, len(layered.units), dataset.batch(range(5)))["logits"]
-    given = dict(enumerate(logits))
+    given = dict(enumerate(logits.unsqueeze(1)))
     assert evaluation.max_rel_error(load, layered, dataset, given) < 1e-6
     wrong = {**given, 3: given[3] + 0.01 * logits.abs().max()}
     assert evaluation.max_rel_error(load, layered, dataset, wrong) == pytest.approx(0.01, rel=1e-3)
