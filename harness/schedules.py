@@ -57,6 +57,25 @@ def split(total: int, shares: Sequence[float]) -> list[int]:
     return counts
 
 
+def split_within(total: int, weights: Sequence[float], most: Sequence[int]) -> list[int] | None:
+    """Whole numbers that sum to `total`, in proportion to the weights as far as each may have so much. None where all
+    together may not."""
+    if sum(most) < total:
+        return None
+    counts = list(most)
+    free = [i for i, bound in enumerate(most) if bound > 0]
+    while free:
+        left = total - sum(counts[i] for i in range(len(most)) if i not in free)
+        shares = split(left, [weights[i] for i in free])
+        over = [i for i, share in zip(free, shares, strict=True) if share > most[i]]
+        if not over:
+            for i, share in zip(free, shares, strict=True):
+                counts[i] = share
+            return counts
+        free = [i for i in free if i not in over]
+    return counts
+
+
 def micro_batches(batch_size: int, micro_batch_size: int) -> tuple[int, ...]:
     """Row counts of the micro-batches; the last one takes what is left."""
     if micro_batch_size < 1:

@@ -18,7 +18,7 @@ import numpy as np
 
 from harness.cluster import Device
 from harness.costs import FORWARD, Costs
-from harness.schedules import split
+from harness.schedules import split, split_within
 from harness.sharded import MLP, Block, shared_cut
 
 
@@ -128,35 +128,17 @@ def heuristic(task: Problem) -> Split | None:
     if task.fits(heads, columns):
         return heads, columns
     most_heads = [max(0, room // task.head_bytes) for room in task.room]
-    found = _fill(task.heads, task.capacities, most_heads)
+    found = split_within(task.heads, task.capacities, most_heads)
     while found is not None:
         most = [
             max(0, (room - a * task.head_bytes) // task.column_bytes) for room, a in zip(task.room, found, strict=True)
         ]
-        filled = _fill(task.columns, task.capacities, most)
+        filled = split_within(task.columns, task.capacities, most)
         if filled is not None:
             return found, filled
         # Heads stand where columns could be, by less than a head on each device: one moves to where most room is left.
         found = _move_a_head(task, found)
     return None
-
-
-def _fill(total: int, weights: Sequence[float], most: Sequence[int]) -> list[int] | None:
-    """Whole numbers that sum to `total`, in proportion to the weights as far as each may have so much."""
-    if sum(most) < total:
-        return None
-    counts = list(most)
-    free = [i for i, bound in enumerate(most) if bound > 0]
-    while free:
-        left = total - sum(counts[i] for i in range(len(most)) if i not in free)
-        shares = split(left, [weights[i] for i in free])
-        over = [i for i, share in zip(free, shares, strict=True) if share > most[i]]
-        if not over:
-            for i, share in zip(free, shares, strict=True):
-                counts[i] = share
-            return counts
-        free = [i for i in free if i not in over]
-    return counts
 
 
 def _move_a_head(task: Problem, heads: list[int]) -> list[int] | None:
@@ -259,6 +241,8 @@ def _within(task: Problem, time: float, pace: float) -> Split | None:
         picked.append(int(picks[left]))
         left -= picked[-1]
     picked.reverse()
-    filled = _fill(task.columns, task.capacities, [int(table[a]) for table, a in zip(tables, picked, strict=True)])
+    filled = split_within(
+        task.columns, task.capacities, [int(table[a]) for table, a in zip(tables, picked, strict=True)]
+    )
     assert filled is not None, "the bounds add up to enough"
     return picked, filled

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
-from harness.cluster import Cluster, Device
-from harness.costs import BACKWARD, FORWARD, Costs
+from harness.cluster import Cluster
+from harness.costs import Costs
+from harness.layer_tables import LayerTables
 from harness.schedules import split
-from harness.workload import OPTIMIZER_STATE_COPIES
 
 EVEN, SPEED = SHARES = ("even", "speed")
 
@@ -39,7 +38,7 @@ class Split:
             first += size
 
 
-class Profile:
+class Profile(LayerTables):
     """What the equations ask for: times of layers, sizes of activations, gradients and weights, budgets, bandwidth.
 
     `together[x, y]` says whether the layers [x, y) may be one stage of several.
@@ -54,24 +53,10 @@ class Profile:
         budgets: Sequence[float] | None = None,
         together: np.ndarray | None = None,
     ) -> None:
-        self.costs, self.cluster, self.shares = costs, cluster, shares
-        self.devices = cluster.devices
-        self.budgets = [d.memory_bytes for d in self.devices] if budgets is None else list(budgets)
-        self.copies = 1 + OPTIMIZER_STATE_COPIES[optimizer]
-        self.num_layers = len(costs.layers)
+        super().__init__(costs, cluster, optimizer, budgets)
+        self.shares = shares
         count = self.num_layers + 1
         self.together = np.ones((count, count), dtype=bool) if together is None else together
-        self._seconds: dict[tuple[object, ...], tuple[np.ndarray, np.ndarray]] = {}
-        self._kinds = [self._kind(device) for device in self.devices]
-
-    @staticmethod
-    def _kind(device: Device) -> tuple[object, ...]:
-        return device.profile, device.share, device.measured, device.kernel_overhead_s, tuple(device.rates.items())
-
-    @cached_property
-    def speeds(self) -> list[float]:
-        """Rows per second of the whole model, of each device."""
-        return [1.0 / float(sum(part[-1] for part in self.layer_seconds(d, 1))) for d in range(len(self.devices))]
 
     def rows(self, first: int, last: int, micro_batch: int) -> list[int]:
         """Rows of a micro-batch that each of the devices [first, last) takes."""
@@ -81,19 +66,6 @@ class Profile:
         """In what proportion the devices [first, last) share rows."""
         return [1.0] * (last - first) if self.shares == EVEN else self.speeds[first:last]
 
-    def layer_seconds(self, device: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """t_f and t_b of the first l layers of the model, l = 0 ... L, for `rows` rows."""
-        key = (self._kinds[device], rows)
-        if key not in self._seconds:
-            found = []
-            for direction in (FORWARD, BACKWARD):
-                each = [
-                    self.costs.seconds(self.devices[device], *layer, direction, rows) for layer in self.costs.layers
-                ]
-                found.append(np.concatenate(([0.0], np.cumsum(each))))
-            self._seconds[key] = found[0], found[1]
-        return self._seconds[key]
-
     def stage_seconds(self, layers: tuple[int, int], devices: tuple[int, int], micro_batch: int) -> tuple[float, float]:
         """e_f and e_b of a stage: of the slowest of its devices."""
         forward = backward = slowest = 0.0
@@ -102,50 +74,6 @@ class Profile:
             if rows and f + b > slowest:
                 forward, backward, slowest = f, b, f + b
         return forward, backward
-
-    @cached_property
-    def memory(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Bytes of every range of layers [x, y): those that stay, and those of one micro-batch, fixed and per row.
-
-        As `harness.search.stage_bytes` counts them, range by range.
-        """
-        count = self.num_layers + 1
-        stays, fixed, per_row = (np.zeros((count, count)) for _ in range(3))
-        starts = [first for first, _ in self.costs.layers]
-        for x in range(self.num_layers):
-            parameters: set[str] = set()
-            saves: set[str] = set()
-            local: set[str] = set()
-            standing = kept = kept_per_row = 0.0
-            entering = {*self.costs.inputs, *self.costs.carried(starts[x])}
-            for y in range(x, self.num_layers):
-                for unit in self.costs.executed(*self.costs.layers[y]):
-                    if unit.local and unit.name in local:
-                        continue
-                    local.add(unit.name)
-                    for name in unit.parameters:
-                        if name not in parameters:
-                            parameters.add(name)
-                            cost = self.costs.parameters[name]
-                            standing += cost.bytes * (1 + self.copies * cost.trainable)
-                    standing += unit.buffers_bytes
-                    kept += unit.saved.fixed
-                    kept_per_row += unit.saved.per_row
-                    for name in unit.saves:
-                        if name not in saves and (name not in entering or name in self.costs.carried(starts[x])):
-                            saves.add(name)
-                            tensor = self.costs.tensors[name]
-                            if tensor.batchless:
-                                kept += tensor.bytes(1)
-                            else:
-                                kept_per_row += tensor.bytes(1)
-                stays[x, y + 1], fixed[x, y + 1], per_row[x, y + 1] = standing, kept, kept_per_row
-        return stays, fixed, per_row
-
-    def bytes(self, rows: int, in_flight: int) -> np.ndarray:
-        """m_d of every range of layers [x, y), with so many micro-batches of `rows` rows in flight."""
-        stays, fixed, per_row = self.memory
-        return stays + in_flight * (fixed + per_row * rows)
 
     def transfer_seconds(self, cut: int, micro_batch: int, before: int, after: int) -> tuple[float, float]:
         """c_f and c_b over the boundary in front of layer `cut`, between groups of so many devices."""
@@ -272,7 +200,7 @@ class _Tables:
         profile, in_flight = self.profile, min(k, self.count)
         rows = profile.rows(first, last, self.micro_batch)
         working = {
-            (profile._kinds[d], count, profile.budgets[d]): d
+            (profile.kinds[d], count, profile.budgets[d]): d
             for d, count in zip(range(first, last), rows, strict=True)
             if count
         }

@@ -1,0 +1,87 @@
+"""How long a round of hybrid pipeline parallelism takes by Asteroid's equations 4 to 6 and 11.
+
+A pipeline of P stages has 2P-1 steps: stages, and between them communication steps. All times are seconds, those of
+passes for one micro-batch; a round has `count` micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Step:
+    """E_f, E_b and T_a of a step: of a stage its slowest device's passes, and its all-reduce."""
+
+    forward: float
+    backward: float
+    all_reduce: float = 0.0
+
+    @property
+    def both(self) -> float:
+        return self.forward + self.backward
+
+
+def in_flight(behind: int) -> int:
+    """K_p = 2 (P - p) - 1, the micro-batches that a stage begins with, for one with so many stages `behind` it.
+
+    That keeps a pipe of 2P - 1 steps full (section 3.2).
+    """
+    return 2 * behind + 1
+
+
+def dominant(steps: Sequence[Step], count: int) -> int:
+    """dm, the step with the fewest bubbles: the first that makes the execution of the first step longest (eq. 11)."""
+    reached = [count * step.both + sum(before.both for before in steps[:s]) for s, step in enumerate(steps)]
+    return max(range(len(steps)), key=lambda s: (reached[s], -s))
+
+
+def latency(steps: Sequence[Step], count: int, dm: int | None = None) -> float:
+    """Waiting, execution and all-reduce of the step for which they are longest together (eqs. 4 to 6)."""
+    dm = dominant(steps, count) if dm is None else dm
+    longest = 0.0
+    for s, step in enumerate(steps):
+        waiting = sum(before.forward for before in steps[:s])
+        if s <= dm:
+            beside = sum(between.both for between in steps[s:dm])
+        else:
+            beside = -sum(between.both for between in steps[dm:s])
+        longest = max(longest, waiting + count * steps[dm].both + beside + step.all_reduce)
+    return longest
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The last steps of a pipeline, as far as their latency depends on what comes before.
+
+    With the dominant step of eq. 11, equations 4 to 6 are `pipe` + `reduce`:
+
+        pipe   = max_c ( M E^c + sum_{i<c} E^i )
+        reduce = max_s ( T_a^s - sum_{i<s} E_b^i )
+
+    so that steps in front change both without knowing the others.
+    """
+
+    pipe: float
+    reduce: float
+
+    @property
+    def latency(self) -> float:
+        return self.pipe + self.reduce
+
+    def behind(self, step: Step, count: int) -> Tail:
+        """The tail with a step in front."""
+        return Tail(
+            max(count * step.both, self.pipe + step.both),
+            max(step.all_reduce, self.reduce - step.backward),
+        )
+
+
+def tail(steps: Sequence[Step], count: int) -> Tail:
+    """All of these steps."""
+    last = steps[-1]
+    found = Tail(count * last.both, last.all_reduce)
+    for step in reversed(steps[:-1]):
+        found = found.behind(step, count)
+    return found
