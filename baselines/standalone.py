@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from harness.cluster import Cluster
 from harness.costs import Costs
-from harness.errors import unknown_name
+from harness.errors import Unsupported, unknown_name
 from harness.plan import Plan
 from harness.schedules import Stage
 from harness.search import fastest, plan_pipeline
@@ -23,6 +23,8 @@ def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[st
     if device not in cluster.names:
         raise unknown_name("device of the testbed", device, cluster.names)
     if workload.new_tokens is not None:
+        if options.get("micro_batch_size") is not None:
+            raise Unsupported("tokens are generated for a whole request: leave standalone.micro_batch_size away")
         shares = even_shares(costs, 1)
         return fastest(
             [lambda: plan_sharded("standalone", workload, costs, [device], SEQUENCE, shares)], costs, cluster

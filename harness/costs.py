@@ -137,7 +137,8 @@ class Costs:
     `measured[table]["update"]` likewise the optimizer's update, which does not depend on rows.
     `loaded` are those of the inputs that are values of the plan: what a cache of the frozen part's results provides
     (see `cached`), or what was kept of the tokens before. `kept` are tensors that outlive a pass, on the device that
-    makes them. Where tokens are generated this is the chain of the prompt, and `decoding` that of one more token.
+    makes them. Where tokens are generated this is the chain of the prompt, and `decoding` that of one more token, if
+    there is to be one.
     `fixed_shares[table]`: of each unit's measured time the share that every part of it takes, too; none: as the whole.
     `core_flops_per_s[table]` is what a core of the measured machine did at that time (see `harness.profile.core`).
     `key` identifies the content: same key, same costs.

@@ -48,8 +48,8 @@ def evaluate(workload: Workload, layered: Layered, data_dir: Path | None) -> flo
 def max_rel_error(workload: Workload, layered: Layered, dataset: Dataset, answers: Mapping[int, Tensor]) -> float:
     """Largest |a - b| / max|b| of the logits that devices have answered, from those of the unsharded model.
 
-    answers: of every sample that is asked for [answers, labels], one where it is classified, or of every token that is
-    generated [answers, tokens]. Raises Broken where one is missing.
+    answers: of every sample, as often as it is asked for, [labels], or of every token that is generated [tokens], one
+    after the other. Raises Broken where one is missing.
     """
     requests = sum(repeat for _, repeat in workload.batches())
     samples = sorted({sample for ids in islice(datasets.batches(workload), requests) for sample in ids})
@@ -59,8 +59,11 @@ def max_rel_error(workload: Workload, layered: Layered, dataset: Dataset, answer
         wanted = _logits(layered, dataset, samples).unsqueeze(1)
     else:
         wanted = _generated(layered, dataset, samples, workload.new_tokens)
-    found = torch.stack([answers[sample] for sample in samples])
-    return ((found - wanted).abs().max() / wanted.abs().max()).item()
+    errors = [
+        (answers[sample].view(-1, *logits.shape) - logits).abs().max()
+        for sample, logits in zip(samples, wanted, strict=True)
+    ]
+    return (torch.stack(errors).max() / wanted.abs().max()).item()
 
 
 def _logits(layered: Layered, dataset: Dataset, samples: Sequence[int]) -> Tensor:

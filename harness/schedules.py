@@ -114,7 +114,7 @@ class Pipeline:
     apart: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.costs.decoding is not None:
+        if self.costs.kept:
             raise Unsupported("a pipeline generates no tokens")
         edges = [stage.units for stage in self.stages]
         if [0, *(last for _, last in edges)] != [*(first for first, _ in edges), len(self.costs.units)]:

@@ -314,11 +314,10 @@ def _requests(sharded: Sharded, rows: int, repeat: int, new_tokens: int | None, 
     if new_tokens is None:
         return (sharded.phase(rows, f"infer{batch}", repeat),)
     further = sharded.further
-    assert further is not None, "the costs are those of the workload"
-    phases = [sharded.phase(rows, f"prefill{batch}", ends=new_tokens == 1)]
-    if new_tokens > 2:
+    phases = [sharded.phase(rows, f"prefill{batch}", ends=further is None)]
+    if further is not None and new_tokens > 2:
         phases.append(further.phase(rows, f"decode{batch}", new_tokens - 2, sharded))
-    if new_tokens > 1:
+    if further is not None:
         phases.append(further.phase(rows, f"last token{batch}", 1, sharded, ends=True))
     return tuple(phases) * repeat
 

@@ -71,9 +71,11 @@ class Workload:
             value = getattr(self, field)
             if value is not None and not 1 <= value <= most:
                 raise OrreryError(f"{field} is {value}; it must be at least 1, and at most {most}.")
-        if self.new_tokens is not None and (self.training or self.seq_len is None):
+        if self.new_tokens is not None and self.seq_len is None:
+            raise OrreryError(f"new_tokens is {self.new_tokens}, and {self.model} reads no text that could go on.")
+        if self.new_tokens is not None and self.training:
             raise OrreryError(
-                f"new_tokens is {self.new_tokens}, and only inference on text generates any. Set technique inference."
+                f"new_tokens is {self.new_tokens}, and training generates no tokens. Set technique inference."
             )
         if not 0 <= self.seed <= MOST_SEED:
             raise OrreryError(f"seed is {self.seed}; it must be at least 0, and at most {MOST_SEED}.")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from harness.experiment import COMPUTED
 from harness.records import Record
 from results import scaling
 from results.tables import Table
@@ -89,7 +90,8 @@ def _ours(claim: Mapping[str, Any], records: Sequence[Record]) -> Iterator[Found
 
 def _speedups(claim: Mapping[str, Any], records: Sequence[Record]) -> Iterator[Found]:
     """How many times as long as Galaxy the baselines take, wherever both were simulated alike."""
-    runs = [r for r in records if r.latency_s and r.testbed in claim["testbeds"] and not r.new_tokens and _stands(r)]
+    runs = [r for r in records if r.latency_s and r.testbed in claim["testbeds"] and _stands(r)]
+    runs = [run for run in runs if run.mode == COMPUTED and not run.new_tokens]
     own = {_place(run): run for run in runs if run.method == METHOD}
     for run in runs:
         if run.method in claim["methods"] and (galaxy := own.get(_place(run))) is not None:
@@ -99,16 +101,16 @@ def _speedups(claim: Mapping[str, Any], records: Sequence[Record]) -> Iterator[F
 
 def _stands(record: Record) -> bool:
     wanted = STANDS.get(record.method)
-    return wanted is not None and all(record.method_options.get(key) == value for key, value in wanted.items())
+    return wanted is not None and all(record.method_options.get(key, value) == value for key, value in wanted.items())
 
 
 def _place(record: Record) -> tuple[object, ...]:
-    return record.mode, record.model, record.testbed, record.dataset, record.seq_len, record.batch_size, record.dtype
+    return record.model, record.testbed, record.dataset, record.seq_len, record.batch_size, record.dtype
 
 
 def _efficiencies(claim: Mapping[str, Any], records: Sequence[Record]) -> Iterator[Found]:
     """Weak scaling with the fewest tokens per device that were run, on the links of the first such family."""
-    runs = [record for record in records if _stands(record) and record.method == METHOD]
+    runs = [record for record in records if _stands(record) and (record.method, record.mode) == (METHOD, COMPUTED)]
     for group in scaling.groups(runs):
         for key in group.seconds:
             tokens = min(length for _, length in group.seconds[key])

@@ -147,9 +147,9 @@ def _latency(records: Sequence[Record]) -> Iterator[Block]:
     if found := latency.groups(records):
         yield Heading(2, "Latency of requests")
         yield from latency.tables(found)
-    if scaled := scaling.groups(records):
+    if scaled := list(scaling.tables(scaling.groups(records))):
         yield Heading(2, "Latency on more devices")
-        yield from scaling.tables(scaled)
+        yield from scaled
     if (claimed := galaxy_claims.table(records)) is not None:
         yield Heading(2, "What Galaxy claims")
         yield claimed

@@ -45,24 +45,33 @@ class Group:
 
 
 def groups(records: Sequence[Record]) -> list[Group]:
-    """The inference runs on families of testbeds of which one has a single device."""
+    """The inference runs on families of testbeds, of what was run on a single device and on more of them."""
     found: dict[tuple[object, ...], list[Record]] = {}
     for record in records:
         match = FAMILY.fullmatch(record.testbed)
         if match and record.technique == "inference" and record.latency_s and record.seq_len and not record.new_tokens:
             alike = (record.mode, match["family"], match["changes"], *(getattr(record, name) for name in ALIKE))
             found.setdefault(alike, []).append(record)
-    return [_group(str(key[2]), runs) for key, runs in found.items() if 1 in {run.num_devices for run in runs}]
+    made = (_group(str(key[2]), runs) for key, runs in found.items())
+    return [group for group in made if group.seconds]
 
 
 def _group(changes: str, records: Sequence[Record]) -> Group:
     setting = Setting("", tuple(records))
-    seconds: dict[tuple[str, str], dict[tuple[int, int], float]] = {}
+    runs: dict[tuple[str, str], list[Record]] = {}
     for record in records:
-        assert record.latency_s is not None and record.seq_len is not None
-        cells = seconds.setdefault((record.model, setting.label(record)), {})
-        cells[record.num_devices, record.seq_len] = record.latency_s
-    return Group(tuple(records), changes, seconds)
+        runs.setdefault((record.model, setting.label(record)), []).append(record)
+    scaled = {key: alike for key, alike in runs.items() if _scales({(r.num_devices, r.seq_len or 0) for r in alike})}
+    seconds = {
+        key: {(run.num_devices, run.seq_len or 0): run.latency_s or 0.0 for run in alike}
+        for key, alike in scaled.items()
+    }
+    return Group(tuple(run for alike in scaled.values() for run in alike), changes, seconds)
+
+
+def _scales(sizes: set[tuple[int, int]]) -> bool:
+    """Whether some size on several devices has one on a single device to be compared with."""
+    return any(count > 1 and {(1, tokens), (1, tokens // count)} & sizes for count, tokens in sizes)
 
 
 def tables(found: Sequence[Group]) -> Iterator[Table]:

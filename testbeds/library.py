@@ -22,7 +22,7 @@ __all__ = ["Assumption", "Testbed", "devices", "load", "load_device", "names"]
 
 MODES = ("simulated", "emulated", "real")
 DUPLEX = ("full", "half", "shared")
-PACED, SLOWED, QUOTA = "paced", "slowed", "quota"
+PACED, QUOTA = "paced", "quota"
 MAX_DEVICES = 10_000
 FAMILY = "-N"
 MEMORY = "usable_memory_bytes"

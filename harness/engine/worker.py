@@ -116,11 +116,13 @@ class Worker:
         begin: Progress = BEGINNING,
         losses: Sequence[float] = (),
         phase_over: Callable[[int, Sequence[float]], None] = lambda place, losses: None,
+        keeps_answers: bool = True,
     ) -> None:
         self.device, self.plan, self.programs, self.workload = device, plan, programs, workload
         self.shard, self.dataset, self.transport = shard, dataset, transport
         self.barrier, self.progress, self.pace, self.cache = barrier, progress, pace, cache
         self.begin, self.losses, self.phase_over = begin, losses, phase_over
+        self.keeps_answers = keeps_answers
         self._lock = threading.Lock()
         self._compute_turn, self._send_turn, self._store_turn = (threading.Condition(self._lock) for _ in range(3))
         self._error: BaseException | None = None
@@ -132,7 +134,7 @@ class Worker:
         self._tracker: Tracker | None = None
         self._gradient_storages: set[int] = set()
         self._loss = 0.0
-        #: Of every request, or token of one, the samples and what the head has made of them, where this device has it.
+        #: Of every request, or token of one, the samples and what the head, where it is here, has made of them.
         self.answers: list[tuple[Sequence[int], Tensor]] = []
         self._late_s = 0.0
         #: When the storage queue was last done, when this iteration's loads could begin, and when the next one's can.
@@ -225,6 +227,7 @@ class Worker:
             if place > 0 and place in watched:
                 memory.append(self._watched(number, place, mine if phase.decoding else ids.peek(), carried, token))
                 number += 1
+                self.barrier()  # who has nothing to do here would begin while others still rehearse
             spans: list[tuple[float, float]] = []
             sent = sum(self._sent.values())
             for index in range(phase.repeat):
@@ -281,7 +284,9 @@ class Worker:
         self._tracker = None
         self._loss, events, self._busy, self._sent, self._late_s = kept
         del self._events[events:]
-        return PhaseMemory(self.shard.standing_bytes(), self._moved(tracker, program))
+        tensors = self.plan.tensors
+        cache = sum(self.plan.bytes(value) for value in carried if tensors[value.name].kind == "cache")
+        return PhaseMemory({**self.shard.standing_bytes(), "cache": cache}, self._moved(tracker, program))
 
     def stop(self) -> None:
         """End the threads, whatever they wait for. Idempotent."""
@@ -421,7 +426,7 @@ class Worker:
         outputs, saved = self.shard.forward(action, batch, entering, iteration.step, ids, phase.decoding)
         if "loss" in outputs:
             self._loss += outputs["loss"].item()
-        elif "logits" in outputs and not iteration.rehearsal:
+        elif "logits" in outputs and self.keeps_answers and not iteration.rehearsal:
             self.answers.append((ids, outputs["logits"]))
         for value in action.writes:
             iteration.values[value] = outputs.get(value.name, saved)

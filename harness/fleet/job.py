@@ -164,6 +164,7 @@ def _work(channel: Channel, job: Job, pulse: Pulse) -> None:
             begin,
             losses,
             phase_over,
+            job.save,
         )
         worker.start()
         enter(job.enter_computing)

@@ -82,8 +82,8 @@ class Layered:
     `pieces`: of parameters that have been cut, by name, which part of the model's they are.
 
     Where tokens are generated the units are those of the prompt, and `decoding` is the same model as a chain for one
-    more token. `kept` are tensors that outlive a pass, on the device that makes them: the "token" that was chosen last,
-    and of every attention core "keys" and "values", with room for all tokens to come.
+    more token, if there is to be one. `kept` are tensors that outlive a pass, on the device that makes them: the
+    "token" that was chosen last, and of every attention core "keys" and "values", with room for all tokens to come.
     """
 
     root: nn.Module
@@ -93,7 +93,7 @@ class Layered:
     pieces: Mapping[str, Piece] = field(default_factory=dict)
     kept: tuple[str, ...] = ()
     decoding: Layered | None = None
-    _steps: dict[tuple[object, ...], list[_Step]] = field(default_factory=dict, compare=False, repr=False)
+    _steps: dict[tuple[object, ...], list[_Step]] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     def parameter_names(self) -> dict[int, str]:
         """`id(parameter)` -> its first name in `root`; tied parameters have one name."""

@@ -31,7 +31,8 @@ HEADS = ("num_attention_heads",)
 def build(entry: ModelEntry, workload: Workload) -> Layered:
     if workload.new_tokens is not None:
         root = pretrained.load(GENERATING, entry, workload, DROPOUTS, NEEDS)
-        return replace(_generating(root, workload), decoding=_generating(root, workload, decoding=True))
+        further = _generating(root, workload, decoding=True) if workload.new_tokens > 1 else None
+        return replace(_generating(root, workload), decoding=further)
     return cut(pretrained.load(MODEL, entry, workload, DROPOUTS, NEEDS, QUERIES_AND_VALUES), workload)
 
 

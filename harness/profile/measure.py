@@ -108,7 +108,8 @@ def measured(
             optimizer = optimizer_for(workload, [p for p in layered.root.parameters() if p.requires_grad])
         timed = measure_units(layered, optimizer, batch_of, rows, repeats, least_s)
         if not workload.training and any(unit.cut is not None for unit in costs.units):
-            timed = timed._replace(fixed_shares=fixed_shares(workload, costs, batch_of(max(rows)), least_s))
+            shares = fixed_shares(workload, costs, layered, batch_of(max(rows)), least_s)
+            timed = timed._replace(fixed_shares=shares)
         store.write(path, timed._asdict())
     return replace(
         costs,

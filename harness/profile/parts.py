@@ -24,14 +24,16 @@ PARTS = 4
 WARM_UPS, LEAST_REPEATS = 2, 5
 
 
-def fixed_shares(workload: Workload, costs: Costs, batch: Mapping[str, Tensor], least_s: float) -> tuple[float, ...]:
+def fixed_shares(
+    workload: Workload, costs: Costs, whole: Layered, batch: Mapping[str, Tensor], least_s: float
+) -> tuple[float, ...]:
     """Of each unit of the chain the share of its time that every part of it takes, too: from 0 to 1.
 
-    costs: of the chain, which may be that of one more token. batch: what it reads, of as many rows as are to be timed.
-    0 for units that can't be shared. Medians of passes
-    over whole units and over parts in turn, for at least `least_s` seconds.
+    costs: of the chain `whole`, which may be that of one more token. batch: what it reads, of as many rows as are to be
+    timed. 0 for units that can't be shared. Medians of passes over whole units and over parts in turn, for at least
+    `least_s` seconds.
     """
-    whole, part = _chain(build(workload), costs), _chain(_cut(workload, costs), costs)
+    part = _chain(_cut(workload, costs), costs)
     with torch.no_grad():
         values = whole.run(0, len(whole.units), dict(batch), wanted=costs.tensors)
         places = [place for place, unit in enumerate(whole.units) if _is_shared(unit)]

@@ -19,6 +19,7 @@ from harness.sharded import (
     HYBRID,
     SCHEMES,
     SEQUENCE,
+    TENSOR,
     Shares,
     even_shares,
     plan_sharded,
@@ -46,9 +47,12 @@ def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[st
     overlap, tiles = options["overlap"], whole_tiles("galaxy", options)
     if not isinstance(overlap, bool):
         raise OrreryError(f"galaxy.overlap is {overlap!r}; it must be true or false.")
-    for key, allowed in (("split", SPLITS), ("scheme", SCHEMES), ("choose", CHOICES)):
+    for key, allowed in (("split", SPLITS), ("scheme", (HYBRID, TENSOR)), ("choose", CHOICES)):
         if options[key] not in allowed:
             raise unknown_name(f"value of galaxy.{key}", str(options[key]), allowed)
+
+    if options["choose"] != ALL and options["scheme"] != HYBRID:
+        raise OrreryError("galaxy.choose=fastest tries all schemes. Leave galaxy.scheme away.")
 
     def candidate(devices: Sequence[str], scheme: str) -> Plan:
         def of(shares: Shares) -> Plan:

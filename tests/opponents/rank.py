@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -113,8 +114,10 @@ def build(task: Task, rank: int, num_ranks: int, folder: Path) -> Iteration:
         return data_parallel(task, workload, layered, dataset, rank, num_ranks)
     if task.kind in ("dtensor", "transformers"):
         shard = by_dtensor if task.kind == "dtensor" else by_transformers
-        whole = models.build(workload, device="meta")  # of the other, DTensor changes the modules
-        return tensor_parallel(task, whole, shard(task, layered.root, rank, num_ranks, folder), dataset)
+        whole = models.build(workload)  # of the other, DTensor changes the modules
+        model = shard(task, layered.root, rank, num_ranks, folder)
+        check_shards(task, whole, model, num_ranks, dataset)
+        return tensor_parallel(task, whole, model, dataset)
     if task.kind == "late-all-reduce":
         return late_all_reduce(task, workload, layered, dataset, rank, num_ranks)
     return pipeline(task, workload, layered, dataset, rank, num_ranks)
@@ -258,6 +261,18 @@ def by_transformers(task: Task, root: nn.Module, rank: int, num_ranks: int, fold
         folder / "checkpoint", distributed_config=config, attn_implementation=implementation
     )
     return model
+
+
+def check_shards(task: Task, whole: Layered, model: nn.Module, num_ranks: int, dataset: Dataset) -> None:
+    """Every product that was named is cut, and the answer is the whole model's."""
+    layers = sum(unit.kind == "attention" for unit in whole.units)
+    weights = [p for p in model.parameters() if isinstance(p, DTensor) and p.dim() == 2]
+    cut = [p for p in weights if p.to_local().numel() * num_ranks == p.numel()]
+    assert len(cut) == layers * (len(task.columns) + len(task.rows)), f"{len(cut)} products are cut"
+    batch = {name: dataset.batch(task.batches[0])[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        wanted, found = whole.root.eval()(**batch).logits, model.eval()(**batch).logits
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 def tensor_parallel(task: Task, layered: Layered, model: nn.Module, dataset: Dataset) -> Iteration:

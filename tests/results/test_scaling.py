@@ -51,12 +51,19 @@ def test_strong_and_weak_scaling_are_what_they_say(made: Callable[..., Record]) 
 def test_only_families_with_a_single_device_scale(made: Callable[..., Record]) -> None:
     alone, others = made(1, 70, 10.0), [made(2, 70, 5.5), made(4, 70, 3.0)]
     assert scaling.groups(others) == []
-    assert scaling.groups([alone, made(2, 70, 5.5, testbed="galaxy-m-2@1000mbit@16gib")]) != []
+    assert scaling.groups([alone, made(2, 70, 5.5, testbed="galaxy-m-2@1000mbit@16gib")]) == []
     links = [group.links for group in scaling.groups([alone, *others, made(1, 70, 9.0, testbed="galaxy-m-1@5ms")])]
-    assert links == ["@16gib", "@5ms"]
+    assert links == ["@16gib"]
     beside = [made(n, 70, 4.0, method="megatron", testbed=f"galaxy-gpu-{n}") for n in (2, 4)]
     ours = [made(n, 70, 3.0, testbed=f"galaxy-gpu-{n}") for n in (2, 4)]
     (group,) = latency.groups([alone, *others, *beside, *ours])
+    only = [
+        made(1, 70, 9.0, testbed="local-1"),
+        *(made(2, 70, 5.0, m, testbed="local-2") for m in ("galaxy", "megatron")),
+    ]
+    only += [made(1, 140, 8.0, "megatron", testbed="local-1")]
+    assert {r.method for g in scaling.groups(only) for r in g.records} == {"galaxy"}
+    assert scaling.groups(only[1:3]) == [] and len(latency.groups(only[1:3])) == 1
     assert {testbed for _, testbed in group.cells} == {"galaxy-gpu-2", "galaxy-gpu-4"}
 
 

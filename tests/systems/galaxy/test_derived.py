@@ -11,6 +11,7 @@ import math
 from dataclasses import replace
 from functools import cache
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,7 @@ def terms(model: str, environment: str, baseline: str) -> tuple[list[float], flo
     full = replace(
         late,
         devices=tuple(
-            replace(device, memory_bandwidth=board.memory_bandwidth, rates=board.rates)
+            replace(device, memory_bandwidth=board.memory_bandwidth)
             for device, board in zip(late.devices, bed.devices, strict=True)
         ),
     )
@@ -136,13 +137,14 @@ def ratio(model: str, cluster: Cluster, baseline: str) -> float:
 
 @pytest.mark.slow
 def test_from_closed_forms_to_full_profiles() -> None:
-    """The difference of the library's cells from the closed forms, term by term; nothing is left at the end."""
+    """The difference of the library's cells from the closed forms, term by term; what is left are the rates' digits."""
     rows = [row for row in ROWS if float(row["gemm_rate_gflops"]) == GFLOPS]
     closed = {(row["model"], row["environment"], row["baseline"]): row["speedup"] for row in rows}
     print(f"\n| model | environment | baseline | closed form | {' | '.join(TERMS)} |\n|{'---|' * (4 + len(TERMS))}")
     for (model, environment, baseline), speedup in closed.items():
         if baseline == LOCAL:
             continue
-        steps, library_s = terms(model, environment, baseline)
+        steps, of_library = terms(model, environment, baseline)
         print(f"| {model} | {environment} | {baseline} | {speedup} | {' | '.join(f'{step:.2f}' for step in steps)} |")
-        assert steps[-1] == pytest.approx(library_s, rel=1e-3)
+        assert steps[-1] == pytest.approx(of_library, rel=1e-3)
+        assert max(abs(after / before - 1) for before, after in pairwise(steps)) < 0.03, "no term matters much"
