@@ -8,18 +8,21 @@ from harness.cluster import Cluster
 from harness.costs import Costs
 from harness.plan import Plan
 from harness.search import fastest
-from harness.sharded import SEQUENCE, plan_sharded, shares_of, whole_tiles
+from harness.sharded import LEADER, SEQUENCE, known_embeddings, plan_sharded, shares_of, whole_tiles
 from harness.workload import Workload
 
 #: shares: of tokens, "equal" or in proportion to "speed". tiles: pieces of each share on its way round the ring.
-OPTIONS: dict[str, object] = {"shares": "equal", "tiles": 1}
+#: embeddings: with the "leader", who hands out what they make, or "everywhere".
+OPTIONS: dict[str, object] = {"shares": "equal", "tiles": 1, "embeddings": LEADER}
 
 
 def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[str, object]) -> Plan:
     """The leader hands out the tokens and collects them in the end; it alone has the embeddings and the head."""
     shares = shares_of(costs, cluster, workload.batch_size, str(options["shares"]), tokens=True)
-    name, devices = "sequence-parallel", cluster.names
-    tiles = whole_tiles(name, options)
-    return fastest(
-        [lambda: plan_sharded(name, workload, costs, devices, SEQUENCE, shares, tiles=tiles)], costs, cluster
-    )
+    name = "sequence-parallel"
+    tiles, embeddings = whole_tiles(name, options), known_embeddings(name, options)
+
+    def everybody() -> Plan:
+        return plan_sharded(name, workload, costs, cluster.names, SEQUENCE, shares, False, tiles, embeddings)
+
+    return fastest([everybody], costs, cluster)

@@ -9,8 +9,9 @@ Three schemes, over one ring of devices:
   1909.08053).
 - "sequence": everything by tokens with whole weights; keys and values are all-gathered.
 
-The first device of the ring leads: it alone has the embeddings and the head. It hands out the tokens of what the
-embeddings make, and collects those of what the last layer makes.
+The first device of the ring leads: it alone has the head, and collects the tokens of what the last layer makes. It
+alone has the embeddings, too, and hands out the tokens of what they make; or they are "everywhere", and every device
+makes that for itself.
 
 Where tokens are generated the prompt is done so, and every device keeps the keys and values of its heads. One token
 can't be shared: after "hybrid" and "tensor" every further one is done by width with sums everywhere. After "sequence",
@@ -39,6 +40,7 @@ from harness.workload import Workload
 
 HYBRID, TENSOR, SEQUENCE = SCHEMES = ("hybrid", "tensor", "sequence")
 EQUAL, SPEED = WAYS = ("equal", "speed")
+LEADER, EVERYWHERE = EMBEDDINGS = ("leader", "everywhere")
 MLP = ("mlp-in", "mlp-out")
 
 
@@ -101,8 +103,8 @@ def shared_cut(unit: UnitCost) -> WidthCut:
 class Sharded:
     """The phases of a scheme on a ring of devices, and the tensors that their values name.
 
-    `tiles`: pieces into which each device's share of the tokens is cut on its way round the ring.
-    Raises Unsupported for a model whose layers can't be shared.
+    `tiles`: pieces into which each device's share of the tokens is cut on its way round the ring. `embeddings`: who has
+    them. Raises Unsupported for a model whose layers can't be shared.
     """
 
     costs: Costs
@@ -111,6 +113,7 @@ class Sharded:
     shares: Shares
     overlap: bool = False
     tiles: int = 1
+    embeddings: str = LEADER
     block: Block = field(init=False)
 
     def __post_init__(self) -> None:
@@ -143,8 +146,8 @@ class Sharded:
         if self.costs.decoding is None:
             return None
         scheme = SEQUENCE if self.scheme == SEQUENCE else TENSOR
-        tokens = (1, *[0] * (len(self.devices) - 1))
-        return Sharded(self.costs.decoding, self.devices, scheme, replace(self.shares, tokens=tokens))
+        shares = replace(self.shares, tokens=(1, *[0] * (len(self.devices) - 1)))
+        return Sharded(self.costs.decoding, self.devices, scheme, shares, embeddings=self.embeddings)
 
     def adds_biases(self, unit: UnitCost) -> int:
         """The number of the device that adds the unit's whole biases to the sum: the first that has a part of it."""
@@ -152,7 +155,14 @@ class Sharded:
 
     def held(self, device: int) -> Range:
         """The units that the device has something of."""
-        return (0, len(self.costs.units)) if device == 0 else (self.block.first, self.block.last)
+        if device == 0:
+            return (0, len(self.costs.units))
+        return (0 if self.embeddings == EVERYWHERE else self.block.first, self.block.last)
+
+    @property
+    def embedded(self) -> bool:
+        """Whether every device makes for itself what enters the layers. A token that was chosen the leader alone knows."""
+        return self.embeddings == EVERYWHERE and not self.costs.decodes
 
     def kept(self, device: int, rows: int) -> tuple[Value, ...]:
         """What the device keeps of a prompt for the tokens to come."""
@@ -274,6 +284,14 @@ def whole_tiles(method: str, options: Mapping[str, object]) -> int:
     return tiles
 
 
+def known_embeddings(method: str, options: Mapping[str, object]) -> str:
+    """The method's option `embeddings`. Raises OrreryError for what is no place."""
+    embeddings = str(options["embeddings"])
+    if embeddings not in EMBEDDINGS:
+        raise unknown_name(f"value of {method}.embeddings", embeddings, EMBEDDINGS)
+    return embeddings
+
+
 def plan_sharded(
     method: str,
     workload: Workload,
@@ -283,9 +301,10 @@ def plan_sharded(
     shares: Shares,
     overlap: bool = False,
     tiles: int = 1,
+    embeddings: str = LEADER,
 ) -> Plan:
     """All requests of the workload under the scheme. Raises Unsupported where the layers can't be shared."""
-    sharded = Sharded(costs, tuple(devices), scheme, shares, overlap, tiles)
+    sharded = Sharded(costs, tuple(devices), scheme, shares, overlap, tiles, embeddings)
     built: dict[tuple[int, int], tuple[Phase, ...]] = {}
     for rows, repeat in workload.batches():
         batch = "" if rows == workload.batch_size else " last batch"
@@ -304,6 +323,7 @@ def plan_sharded(
             "tokens": list(shares.tokens),
             "overlap": overlap,
             "tiles": tiles,
+            "embeddings": embeddings,
         },
     )
 
@@ -340,9 +360,10 @@ class _Member:
 
     def request(self) -> Iterator[Action]:
         first, last = self.block.first, self.block.last
-        if self.number == 0:
+        if self.number == 0 or self.sharded.embedded:
             yield from self._compute((0, first), None, None)
-        yield from self._enter()
+        if not self.sharded.embedded:
+            yield from self._enter()
         yield from {HYBRID: self._hybrid, TENSOR: self._tensor, SEQUENCE: self._sequence}[self.sharded.scheme]()
         yield from self._leave()
         if self.number == 0:
@@ -366,7 +387,8 @@ class _Member:
         buffered = self.costs.buffers_bytes(*units) and buffers.name in self.sharded.tensors
         about = Compute(units, FORWARD, 0, (0, self.rows), (), (), tokens=tokens, width=width)
         kinds = {unit.kind for unit in self.costs.units[slice(*units)]}
-        shared = self.block.first <= units[0] < self.block.last
+        before, shared = units[1] <= self.block.first, self.block.first <= units[0] < self.block.last
+        again = before or (shared and self.sharded.scheme == TENSOR and kinds == {"connective"})
         made = (v for v in outputs(about, self.costs) if v.name not in self.costs.kept or v in self.kept)
         yield Compute(
             units,
@@ -378,7 +400,7 @@ class _Member:
             tuple(value._replace(version=version) for value in made),
             tokens=tokens,
             width=width,
-            replica=shared and self.sharded.scheme == TENSOR and kinds == {"connective"} and self.number > 0,
+            replica=again and self.number > 0,
         )
 
     def _unit(self, number: int, tokens: Range | None, version: int = 0) -> Iterator[Action]:
@@ -467,7 +489,7 @@ class _Member:
                 yield from self._compute(units, self.mine, None)
             elif unit.kind == CORE:
                 yield from self._unit(number, None)
-            elif unit.kind in COLUMNS and overlap:
+            elif unit.kind in COLUMNS and overlap and not self._is_everywhere(unit.reads[0]):
                 yield from self._gather_into(number, join=unit.kind == "qkv")
             elif unit.kind in COLUMNS:
                 yield from self._gather(unit.reads[0])
@@ -501,7 +523,7 @@ class _Member:
 
     def _gather(self, name: str) -> Iterator[Action]:
         """All tokens of a tensor of which every device has its own."""
-        if self.count == 1:
+        if self.count == 1 or self._is_everywhere(name):
             return
         value = self._value(name)
         mine = value._replace(tokens=self.mine)
@@ -509,6 +531,10 @@ class _Member:
             yield Combine("sum", (), mine)
         yield self._collective("all-gather", mine, value._replace(version=1))
         self.gathered.add(name)
+
+    def _is_everywhere(self, name: str) -> bool:
+        """Whether every device has made all tokens of it for itself."""
+        return self.sharded.embedded and name == self.block.entering
 
     def _sum_up(self, unit: UnitCost, kind: str, tokens: Range | None) -> Iterator[Action]:
         """The sum of all devices' parts: of all tokens everywhere, or of each one's tokens."""

@@ -22,11 +22,12 @@ else:
     import tomli as tomllib
 
 METHOD = "galaxy"
+LEADS = {"embeddings": "leader"}
 #: The options with which our runs stand for the paper's system, and for its baselines.
 STANDS: dict[str, dict[str, object]] = {
-    METHOD: {"overlap": True, "tiles": 1, "split": "heuristic", "scheme": "hybrid", "choose": "all"},
-    "megatron": {"shares": "equal", "tiles": 1},
-    "sequence-parallel": {"shares": "equal", "tiles": 1},
+    METHOD: {"overlap": True, "split": "heuristic", "scheme": "hybrid", "choose": "all", "tiles": 1, **LEADS},
+    "megatron": {"shares": "equal", "tiles": 1, **LEADS},
+    "sequence-parallel": {"shares": "equal", "tiles": 1, **LEADS},
 }
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -116,13 +117,18 @@ def test_inference_beside_torch(mbit_per_s: int, capsys: pytest.CaptureFixture[s
         "share": bed.cluster.devices[0].share,
         "pace": paces(costs, bed.cluster.devices[0], len(bed.cluster.devices)),
     }
+    alike = {"embeddings": "everywhere"}  # as torch's ranks have them
+
+    def ours_of(method: ModuleType, **options: object) -> Plan:
+        return method.plan(SERVED, costs, bed.cluster, {**method.OPTIONS, **alike, **options})
+
     sides: dict[str, Plan | Task] = {
-        "galaxy": galaxy.plan(SERVED, costs, bed.cluster, galaxy.OPTIONS),
-        "galaxy, no overlap": galaxy.plan(SERVED, costs, bed.cluster, {**galaxy.OPTIONS, "overlap": False}),
-        "galaxy, 2 tiles": galaxy.plan(SERVED, costs, bed.cluster, {**galaxy.OPTIONS, "tiles": 2}),
-        "megatron": megatron.plan(SERVED, costs, bed.cluster, megatron.OPTIONS),
-        "megatron, 2 tiles": megatron.plan(SERVED, costs, bed.cluster, {**megatron.OPTIONS, "tiles": 2}),
-        "sequence-parallel": sequence_parallel.plan(SERVED, costs, bed.cluster, sequence_parallel.OPTIONS),
+        "galaxy": ours_of(galaxy),
+        "galaxy, no overlap": ours_of(galaxy, overlap=False),
+        "galaxy, 2 tiles": ours_of(galaxy, tiles=2),
+        "megatron": ours_of(megatron),
+        "megatron, 2 tiles": ours_of(megatron, tiles=2),
+        "sequence-parallel": ours_of(sequence_parallel),
         "DTensor": Task("dtensor", **fields),
         "transformers": Task("transformers", **fields),
     }

@@ -17,11 +17,13 @@ from harness.search import fastest
 from harness.sharded import (
     EQUAL,
     HYBRID,
+    LEADER,
     SCHEMES,
     SEQUENCE,
     TENSOR,
     Shares,
     even_shares,
+    known_embeddings,
     plan_sharded,
     shared_block,
     whole_tiles,
@@ -37,14 +39,22 @@ CHOICES = (ALL, "fastest")
 #: `overlap`: transfers run tile by tile beside the products that they feed, or that feed them. `tiles`: pieces of each
 #: device's tokens on their way round the ring. `split`: of heads and columns, by a "heuristic" that stands for the
 #: paper's (assumed), the "exact" one, or "equal". `scheme`: "hybrid" as in the paper; "tensor" is Megatron's under this
-#: planner. `choose`: the scheme on "all" devices, as in the paper, or the "fastest" of all schemes on some or all of
-#: them, as simulated.
-OPTIONS: dict[str, object] = {"overlap": True, "tiles": 1, "split": PAPER, "scheme": HYBRID, "choose": ALL}
+#: planner. `embeddings`: with the "leader", who hands out what they make, or "everywhere". `choose`: the scheme on "all"
+#: devices, as in the paper, or the "fastest" of all schemes on some or all of them, as simulated.
+OPTIONS: dict[str, object] = {
+    "overlap": True,
+    "tiles": 1,
+    "split": PAPER,
+    "scheme": HYBRID,
+    "embeddings": LEADER,
+    "choose": ALL,
+}
 
 
 def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[str, object]) -> Plan:
     """The plan of the chosen split. Raises OutOfMemory where the weights fit nowhere, and says what is missing."""
     overlap, tiles = options["overlap"], whole_tiles("galaxy", options)
+    embeddings = known_embeddings("galaxy", options)
     if not isinstance(overlap, bool):
         raise OrreryError(f"galaxy.overlap is {overlap!r}; it must be true or false.")
     for key, allowed in (("split", SPLITS), ("scheme", (HYBRID, TENSOR)), ("choose", CHOICES)):
@@ -56,7 +66,8 @@ def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[st
 
     def candidate(devices: Sequence[str], scheme: str) -> Plan:
         def of(shares: Shares) -> Plan:
-            return plan_sharded("galaxy", workload, costs, devices, scheme, shares, overlap and scheme == HYBRID, tiles)
+            hidden = overlap and scheme == HYBRID
+            return plan_sharded("galaxy", workload, costs, devices, scheme, shares, hidden, tiles, embeddings)
 
         if scheme == SEQUENCE:
             return of(even_shares(costs, len(devices)))

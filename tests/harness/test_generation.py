@@ -38,6 +38,7 @@ SCHEMES = (
     (TENSOR, {}, 4),
     (SEQUENCE, {}, 1),
     (SEQUENCE, {}, 3),
+    (HYBRID, {"overlap": True, "embeddings": "everywhere"}, 3),
 )
 
 

@@ -112,6 +112,8 @@ def answers(load: Workload, plan: Plan, folder: Path, monkeypatch: pytest.Monkey
         *((HYBRID, {}, count) for count in (3, 5)),
         *((TENSOR, {"tiles": 2}, count) for count in (2, 4, 5)),
         *((SEQUENCE, {}, count) for count in (1, 3, 5)),
+        *((scheme, {"embeddings": "everywhere"}, 3) for scheme in SCHEMES),
+        (HYBRID, {"embeddings": "everywhere", "overlap": True, "tiles": 2}, 4),
     ],
 )
 def test_answers_as_the_uncut_model(
