@@ -161,7 +161,7 @@ class Sharded:
 
     @property
     def embedded(self) -> bool:
-        """Whether every device makes for itself what enters the layers. A token that was chosen the leader alone knows."""
+        """Whether every device makes for itself what enters the layers. A chosen token is with the leader alone."""
         return self.embeddings == EVERYWHERE and not self.costs.decodes
 
     def kept(self, device: int, rows: int) -> tuple[Value, ...]:

@@ -39,8 +39,8 @@ CHOICES = (ALL, "fastest")
 #: `overlap`: transfers run tile by tile beside the products that they feed, or that feed them. `tiles`: pieces of each
 #: device's tokens on their way round the ring. `split`: of heads and columns, by a "heuristic" that stands for the
 #: paper's (assumed), the "exact" one, or "equal". `scheme`: "hybrid" as in the paper; "tensor" is Megatron's under this
-#: planner. `embeddings`: with the "leader", who hands out what they make, or "everywhere". `choose`: the scheme on "all"
-#: devices, as in the paper, or the "fastest" of all schemes on some or all of them, as simulated.
+#: planner. `embeddings`: with the "leader", who hands out what they make, or "everywhere". `choose`: that scheme on
+#: "all" devices, as in the paper, or the "fastest" of all schemes on some or all of them, as simulated.
 OPTIONS: dict[str, object] = {
     "overlap": True,
     "tiles": 1,
