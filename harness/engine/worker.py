@@ -286,7 +286,8 @@ class Worker:
         del self._events[events:]
         tensors = self.plan.tensors
         cache = sum(self.plan.bytes(value) for value in carried if tensors[value.name].kind == "cache")
-        return PhaseMemory({**self.shard.standing_bytes(), "cache": cache}, self._moved(tracker, program))
+        standing = self.shard.standing_bytes() | ({"cache": cache} if cache else {})
+        return PhaseMemory(standing, self._moved(tracker, program))
 
     def stop(self) -> None:
         """End the threads, whatever they wait for. Idempotent."""

@@ -115,7 +115,7 @@ def measured(
         costs,
         measured={**costs.measured, LOCAL: timed.seconds},
         core_flops_per_s={**costs.core_flops_per_s, LOCAL: timed.core_flops_per_s},
-        fixed_shares={**costs.fixed_shares, LOCAL: timed.fixed_shares},
+        fixed_shares={**costs.fixed_shares, LOCAL: timed.fixed_shares} if timed.fixed_shares else costs.fixed_shares,
     )
 
 

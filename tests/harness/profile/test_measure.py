@@ -43,7 +43,7 @@ def test_units_add_up_to_a_plain_iteration(model: str) -> None:
     ratios = []
     for _ in range(11):
         plain = [iteration(layered, values, rows) for _ in range(4)]
-        seconds, _ = measure_units(layered, None, lambda _: values, [rows], repeats=5)
+        seconds = measure_units(layered, None, lambda _: values, [rows], repeats=5).seconds
         plain += [iteration(layered, values, rows) for _ in range(4)]
         units = sum(unit[0][1] for direction in DIRECTIONS for unit in seconds[direction])
         ratios.append(units / median(plain))
@@ -88,7 +88,7 @@ def test_dropout_is_timed_as_the_engine_draws_it() -> None:
 
 def test_inference_has_no_backward_time() -> None:
     load = workload("gpt2-tiny", technique="inference")
-    seconds, _ = measure_units(build(load), None, lambda rows: batch(load, rows), [2], repeats=1)
+    seconds = measure_units(build(load), None, lambda rows: batch(load, rows), [2], repeats=1).seconds
     assert all(points == ((2, 0.0),) for points in seconds[BACKWARD])
 
 
