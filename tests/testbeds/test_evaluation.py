@@ -134,8 +134,8 @@ def test_generated_tokens_are_those_of_the_unsharded_model(own_folders: Path) ->
 @needs_rights
 def test_uneven_shares_over_shaped_links(own_folders: Path) -> None:
     """On three unequal devices answers are the unsharded model's, and bytes are those that the plan says."""
-    text = (TESTBEDS / "emu-4-50mbit.toml").read_text().replace("count = 4\ncpu_share = 0.25", "cpu_share = 0.1")
-    for share in (0.2, 0.05):
+    text = (TESTBEDS / "emu-4-50mbit.toml").read_text().replace("count = 4\ncpu_share = 0.25", "cpu_share = 0.02")
+    for share in (0.04, 0.01):
         text = text.replace("[link]\n", f'[[devices]]\nprofile = "this-machine"\ncpu_share = {share}\n\n[link]\n', 1)
     testbed = own_folders / "unequal.toml"
     testbed.write_text(text)
