@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from harness.datasets import TRAINING, DatasetSpec
 from harness.errors import OrreryError
 from harness.store import write_whole
 from harness.workload import Workload
+
+#: The entry of a file's metadata that says what its tensors are.
+ABOUT = "about"
 
 
 class Dataset(Protocol):
@@ -97,7 +101,8 @@ def save(dataset: Dataset, path: Path) -> None:
     else:
         about |= {name: str(fields[name]) for name in ("white", "image_size", "num_channels")}
         about["dtype"] = str(dataset.dtype).removeprefix("torch.")
-    write_whole(path, lambda part: save_file(tensors, part, about))
+    # One entry: several are written in any order, and the same samples must be the same bytes.
+    write_whole(path, lambda part: save_file(tensors, part, {ABOUT: json.dumps(about)}))
 
 
 def read(path: Path) -> Dataset:
@@ -107,7 +112,7 @@ def read(path: Path) -> Dataset:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
+            about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
         if about.get("kind") == "Texts":
             return Texts(**{"decoder_start": None, **tensors}, padded_left=about["padded"] == "left")

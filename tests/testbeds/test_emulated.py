@@ -247,7 +247,7 @@ def test_a_runner_that_is_ended_leaves_nothing(name: str, moment: str, own_folde
             process.kill()
             process.communicate(timeout=15)
         assert wait_for(lambda: not any(map(lives, all_of_it)), 5), [pid for pid in all_of_it if lives(pid)]
-    assert process.returncode == {"SIGINT": 130}.get(name, -getattr(signal, name))
+    assert process.returncode == {"SIGINT": 130}.get(name, -getattr(signal, name)), errors
     assert output == "" and "Traceback" not in errors
     assert not list((tmp_path / "out" / "runs").glob("*.json"))
 

@@ -266,7 +266,8 @@ def test_the_same_command_goes_on(cached: Question, own_folders: Path, tmp_path:
     assert wait_for(lambda: not any(map(lives, all_of_it)), 5)
     done = epochs(state)
     assert 2 <= done < 5 and not list((out / "runs").glob("*.json"))
-    again = subprocess.run(command, **how, capture_output=True, check=True, timeout=120)
+    again = subprocess.run(command, **how, capture_output=True, timeout=120)
+    assert again.returncode == 0, again.stderr.decode()
     record = Record.model_validate_json(again.stdout)
     assert record.status == "ok" and record.resumed_after_epoch == done and record.total_time_s is None
     seconds = sum(phase.time_s for phase in record.phases or ())
