@@ -247,7 +247,9 @@ def test_a_runner_that_is_ended_leaves_nothing(name: str, moment: str, own_folde
             process.kill()
             process.communicate(timeout=15)
         assert wait_for(lambda: not any(map(lives, all_of_it)), 5), [pid for pid in all_of_it if lives(pid)]
-    assert process.returncode == {"SIGINT": 130}.get(name, -getattr(signal, name)), errors
+    # Python ends itself by the signal where it found it amid its own C code: in a shell both are 130.
+    allowed = (130, -signal.SIGINT) if name == "SIGINT" else (-getattr(signal, name),)
+    assert process.returncode in allowed, errors
     assert output == "" and "Traceback" not in errors
     assert not list((tmp_path / "out" / "runs").glob("*.json"))
 
