@@ -17,7 +17,7 @@ OPTIONS: dict[str, object] = {"shares": "equal", "tiles": 1, "embeddings": LEADE
 
 
 def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[str, object]) -> Plan:
-    """The leader hands out the tokens and collects them in the end; it alone has the embeddings and the head."""
+    """The first device leads: it has the head, and collects the tokens in the end."""
     shares = shares_of(costs, cluster, workload.batch_size, str(options["shares"]), tokens=True)
     name = "sequence-parallel"
     tiles, embeddings = whole_tiles(name, options), known_embeddings(name, options)

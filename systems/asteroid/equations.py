@@ -1,5 +1,8 @@
 """How long a round of hybrid pipeline parallelism takes by Asteroid's equations 4 to 6 and 11.
 
+They are known from re-implementations that agree, not from the paper's print. The print of equation 11 is unknown: this
+is the form that equation 6 needs (derived).
+
 A pipeline of P stages has 2P-1 steps: stages, and between them communication steps. All times are seconds, those of
 passes for one micro-batch; a round has `count` micro-batches.
 """
@@ -26,7 +29,7 @@ class Step:
 def in_flight(behind: int) -> int:
     """K_p = 2 (P - p) - 1, the micro-batches that a stage begins with, for one with so many stages `behind` it.
 
-    That keeps a pipe of 2P - 1 steps full (section 3.2).
+    That keeps a pipe of 2P - 1 steps full (said to be of section 3.2).
     """
     return 2 * behind + 1
 

@@ -1,4 +1,5 @@
-"""Asteroid's planner: stages, their groups of devices and the rows of each device (section 3, algorithms 1 and 2).
+"""Asteroid's planner: stages, their groups of devices and the rows of each device (algorithms 1 and 2, as
+re-implementations that agree have them).
 
 Devices stand in an order, and a stage has consecutive ones. From the back: Q(l, n, p) is the least latency of the last
 l layers on the last n devices in p stages. A stage with k behind it keeps 2k+1 micro-batches in flight, or as many as
