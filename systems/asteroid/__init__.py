@@ -18,7 +18,7 @@ from harness.schedules import Stage, micro_batches
 from harness.search import Layout as Stages
 from harness.search import plan_pipeline
 from harness.workload import Workload
-from systems.asteroid.planner import Layout, Planner, searched
+from systems.asteroid.planner import Groups, Layout, Planner, searched
 
 PAPER, EXACT, SEARCH = PLANNERS = ("paper", "exact", "search")
 #: `planner`: the "paper"'s dynamic program over devices in the order of their memory; the "exact" one, which finds the
@@ -48,9 +48,8 @@ def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[st
         count = len(micro_batches(workload.batch_size, size))
 
         def found(given: LayerTables) -> Layout | None:
-            if planner == SEARCH:
-                return searched(given, size, count, offload)
-            return Planner(given, size, count, None, offload, exact=planner == EXACT).best(stages)
+            groups = Groups(given, size, count, offload)
+            return searched(groups) if planner == SEARCH else Planner(groups, exact=planner == EXACT).best(stages)
 
         best = found(tables) or found(roomy)  # what the second one lacks is for the simulator to say
         if best is None:

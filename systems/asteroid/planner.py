@@ -44,95 +44,26 @@ class Layout:
     latency: float
 
 
-class Planner:
-    """Plans for `count` micro-batches of `rows` rows on the devices of `tables`, numbered as there.
+class Groups:
+    """What a stage on a group of devices comes to, for `count` micro-batches of `rows` rows. Devices are numbered as in
+    `tables`. `offload`: the second part of algorithm 1.
 
-    `order`: how they stand, by default with the largest memory in front. `offload`: the second part of algorithm 1.
-    `exact`: of every state keep all tails that can be best for what comes in front, not the one that is best by itself:
-    then no other way to cut the layers and the order into stages is faster, by these equations and shares.
+    The same for every order of devices, so that planners for several orders share one.
     """
 
-    def __init__(
-        self,
-        tables: LayerTables,
-        rows: int,
-        count: int,
-        order: Sequence[int] | None = None,
-        offload: bool = True,
-        exact: bool = False,
-    ) -> None:
-        self.tables, self.rows, self.count = tables, rows, count
-        self.order = by_memory(tables) if order is None else tuple(order)
-        self.offload, self.exact = offload, exact
-        self._stages: dict[tuple[int, int, int, int, int], Placed | None] = {}
+    def __init__(self, tables: LayerTables, rows: int, count: int, offload: bool = True) -> None:
+        self.tables, self.rows, self.count, self.offload = tables, rows, count, offload
+        self._stages: dict[tuple[tuple[int, int], tuple[int, ...], int], Placed | None] = {}
         self._passes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def best(self, num_stages: int | None = None) -> Layout | None:
-        """The fastest layout on all devices of the order, of any number of stages or of so many; None: nothing fits."""
-        found: list[Layout] = []
-        layers, devices = self.tables.num_layers, len(self.order)
-        tails: dict[tuple[int, int], list[_Partial]] = {}
-        for p in range(1, min(layers, devices) + 1):
-            tails = self._extended(tails, p)
-            if num_stages in (None, p):
-                found += [Layout(t.stages, self.latency(t.stages)) for t in tails.get((layers, devices), ())]
-        return min(found, key=lambda layout: layout.latency, default=None)
-
-    def latency(self, stages: Sequence[Placed]) -> float:
-        """Equations 4 to 6 of these stages and the steps between them."""
-        return latency(list(self.steps(stages)), self.count)
-
-    def steps(self, stages: Sequence[Placed]) -> Iterator[Step]:
-        """Execution and communication steps in order."""
-        yield stages[0].step
-        for before, stage in pairwise(stages):
-            yield self.communication(before.devices, stage.devices, stage.layers[0])
-            yield stage.step
-
-    def _extended(self, tails: dict[tuple[int, int], list[_Partial]], p: int) -> dict[tuple[int, int], list[_Partial]]:
-        """Q(l, n, p) for all l and n, from Q(l, n, p - 1)."""
-        layers, devices = self.tables.num_layers, len(self.order)
-        found: dict[tuple[int, int], list[_Partial]] = {}
-        if p == 1:
-            for length in range(1, layers + 1):
-                for n in range(1, devices + 1):
-                    stage = self.stage((layers - length, layers), (devices - n, devices), 0)
-                    if stage is not None:
-                        alone = Tail(self.count * stage.step.both, stage.step.all_reduce)
-                        found[length, n] = [_Partial((stage,), alone)]
-            return found
-        for (length, n), behind in tails.items():
-            for longer in range(length + 1, layers + 1):
-                for more in range(n + 1, devices + 1):
-                    head = self.stage((layers - longer, layers - length), (devices - more, devices - n), p - 1)
-                    if head is not None:
-                        found.setdefault((longer, more), []).extend(self._headed(head, tail) for tail in behind)
-        return {state: self._kept(partials) for state, partials in found.items()}
-
-    def _headed(self, head: Placed, behind: _Partial) -> _Partial:
-        between = self.communication(head.devices, behind.stages[0].devices, head.layers[1])
-        tail = behind.tail.behind(between, self.count).behind(head.step, self.count)
-        return _Partial((head, *behind.stages), tail)
-
-    def _kept(self, partials: list[_Partial]) -> list[_Partial]:
-        if not self.exact:
-            return [min(partials, key=lambda partial: partial.tail.latency)]
-        kept: list[_Partial] = []
-        for partial in sorted(partials, key=lambda partial: (partial.tail.pipe, partial.tail.reduce)):
-            first = partial.stages[0].devices
-            if all(other.tail.reduce > partial.tail.reduce or other.stages[0].devices != first for other in kept):
-                kept.append(partial)
-        return kept
-
-    def stage(self, layers: tuple[int, int], places: tuple[int, int], behind: int) -> Placed | None:
-        """The stage on the devices at these places of the order, with so many stages behind it; None: it does not fit.
+    def stage(self, layers: tuple[int, int], devices: tuple[int, ...], behind: int) -> Placed | None:
+        """The stage on these devices, with so many stages behind it; None: it does not fit.
 
         Where memory is short it keeps fewer micro-batches in flight, down to one.
         """
         most = min(in_flight(behind), self.count)
-        key = (*layers, *places, most)
+        key = (layers, devices, most)
         if key not in self._stages:
-            devices = self.order[slice(*places)]
             tried = (self._shared(layers, devices, kept) for kept in range(most, 0, -1))
             self._stages[key] = next((stage for stage in tried if stage is not None), None)
         return self._stages[key]
@@ -195,6 +126,77 @@ class Planner:
         return min(self.tables.cluster.bandwidth[self.tables.devices[device].name] for device in devices)
 
 
+class Planner:
+    """Plans for devices that stand in `order`, by default with the largest memory in front.
+
+    `exact`: of every state keep all tails that can be best for what comes in front, not the one that is best by itself:
+    then no other way to cut the layers and the order into stages is faster, by these equations and shares.
+    """
+
+    def __init__(self, groups: Groups, order: Sequence[int] | None = None, exact: bool = False) -> None:
+        self.groups, self.tables, self.count = groups, groups.tables, groups.count
+        self.order = by_memory(self.tables) if order is None else tuple(order)
+        self.exact = exact
+
+    def best(self, num_stages: int | None = None) -> Layout | None:
+        """The fastest layout on all devices of the order, of any number of stages or of so many; None: nothing fits."""
+        found: list[Layout] = []
+        layers, devices = self.tables.num_layers, len(self.order)
+        tails: dict[tuple[int, int], list[_Partial]] = {}
+        for p in range(1, min(layers, devices) + 1):
+            tails = self._extended(tails, p)
+            if num_stages in (None, p):
+                found += [Layout(t.stages, self.latency(t.stages)) for t in tails.get((layers, devices), ())]
+        return min(found, key=lambda layout: layout.latency, default=None)
+
+    def latency(self, stages: Sequence[Placed]) -> float:
+        """Equations 4 to 6 of these stages and the steps between them."""
+        return latency(list(self.steps(stages)), self.count)
+
+    def steps(self, stages: Sequence[Placed]) -> Iterator[Step]:
+        """Execution and communication steps in order."""
+        yield stages[0].step
+        for before, stage in pairwise(stages):
+            yield self.groups.communication(before.devices, stage.devices, stage.layers[0])
+            yield stage.step
+
+    def _extended(self, tails: dict[tuple[int, int], list[_Partial]], p: int) -> dict[tuple[int, int], list[_Partial]]:
+        """Q(l, n, p) for all l and n, from Q(l, n, p - 1)."""
+        layers, devices = self.tables.num_layers, len(self.order)
+        found: dict[tuple[int, int], list[_Partial]] = {}
+        if p == 1:
+            for length in range(1, layers + 1):
+                for n in range(1, devices + 1):
+                    stage = self.groups.stage((layers - length, layers), self.order[devices - n :], 0)
+                    if stage is not None:
+                        alone = Tail(self.count * stage.step.both, stage.step.all_reduce)
+                        found[length, n] = [_Partial((stage,), alone)]
+            return found
+        for (length, n), behind in tails.items():
+            for longer in range(length + 1, layers + 1):
+                for more in range(n + 1, devices + 1):
+                    group = self.order[devices - more : devices - n]
+                    head = self.groups.stage((layers - longer, layers - length), group, p - 1)
+                    if head is not None:
+                        found.setdefault((longer, more), []).extend(self._headed(head, tail) for tail in behind)
+        return {state: self._kept(partials) for state, partials in found.items()}
+
+    def _headed(self, head: Placed, behind: _Partial) -> _Partial:
+        between = self.groups.communication(head.devices, behind.stages[0].devices, head.layers[1])
+        tail = behind.tail.behind(between, self.count).behind(head.step, self.count)
+        return _Partial((head, *behind.stages), tail)
+
+    def _kept(self, partials: list[_Partial]) -> list[_Partial]:
+        if not self.exact:
+            return [min(partials, key=lambda partial: partial.tail.latency)]
+        kept: list[_Partial] = []
+        for partial in sorted(partials, key=lambda partial: (partial.tail.pipe, partial.tail.reduce)):
+            first = partial.stages[0].devices
+            if all(other.tail.reduce > partial.tail.reduce or other.stages[0].devices != first for other in kept):
+                kept.append(partial)
+        return kept
+
+
 @dataclass(frozen=True)
 class _Partial:
     """The last stages of a layout."""
@@ -209,37 +211,41 @@ def by_memory(tables: LayerTables) -> tuple[int, ...]:
     return tuple(sorted(devices, key=lambda d: (-tables.budgets[d], -tables.speeds[d], d)))
 
 
-def searched(tables: LayerTables, rows: int, count: int, offload: bool = True) -> Layout | None:
+def searched(groups: Groups) -> Layout | None:
     """The fastest layout that the exact program finds in orders reached from that by memory, and from that by speed, by
     exchanging two devices at a time while that helps."""
+    tables = groups.tables
     best: Layout | None = None
     speed = tuple(sorted(range(len(tables.devices)), key=lambda d: (-tables.speeds[d], d)))
     for start in dict.fromkeys((by_memory(tables), speed, speed[::-1])):
-        found = _climbed(tables, rows, count, offload, start)
+        found = _climbed(groups, start)
         if found is not None and (best is None or found.latency < best.latency):
             best = found
     return best
 
 
-def _climbed(tables: LayerTables, rows: int, count: int, offload: bool, order: tuple[int, ...]) -> Layout | None:
-    best = Planner(tables, rows, count, order, offload, exact=True).best()
+def _climbed(groups: Groups, order: tuple[int, ...]) -> Layout | None:
+    best = Planner(groups, order, exact=True).best()
     improved = True
     while improved:
         improved = False
         for i in range(len(order)):
             for j in range(i + 1, len(order)):
+                if _alike(groups.tables, order[i], order[j]):
+                    continue
                 swapped = list(order)
                 swapped[i], swapped[j] = swapped[j], swapped[i]
-                if tables.kinds[order[i]] == tables.kinds[order[j]] and _alike(tables, order[i], order[j]):
-                    continue
-                found = Planner(tables, rows, count, swapped, offload, exact=True).best()
+                found = Planner(groups, swapped, exact=True).best()
                 if found is not None and (best is None or found.latency < best.latency * (1 - 1e-9)):
                     best, order, improved = found, tuple(swapped), True
     return best
 
 
 def _alike(tables: LayerTables, one: int, other: int) -> bool:
-    """Whether two devices that compute alike have the same memory and link, too."""
-    bandwidth = tables.cluster.bandwidth
-    names = tables.devices[one].name, tables.devices[other].name
-    return tables.budgets[one] == tables.budgets[other] and bandwidth[names[0]] == bandwidth[names[1]]
+    """Whether it makes no difference which of the two devices stands where."""
+    bandwidth, devices = tables.cluster.bandwidth, tables.devices
+    return (tables.kinds[one], tables.budgets[one], bandwidth[devices[one].name]) == (
+        tables.kinds[other],
+        tables.budgets[other],
+        bandwidth[devices[other].name],
+    )

@@ -22,7 +22,7 @@ from harness.simulator import simulate
 from harness.workload import Workload
 from systems import asteroid
 from systems.asteroid.equations import Step, dominant, in_flight, latency, tail
-from systems.asteroid.planner import Layout, Placed, Planner, by_memory, searched
+from systems.asteroid.planner import Groups, Layout, Placed, Planner, by_memory, searched
 from systems.asteroid.shares import balanced, offloaded
 from tests.harness.toys import chain, cluster
 
@@ -77,7 +77,7 @@ def every(planner: Planner) -> Iterator[tuple[Placed, ...]]:
         for last in range(first + 1, layers + 1):
             for end in range(place + 1, devices + 1):
                 for rest in behind(last, end):
-                    stage = planner.stage((first, last), (place, end), len(rest))
+                    stage = planner.groups.stage((first, last), planner.order[place:end], len(rest))
                     if stage is not None:
                         yield (stage, *rest)
 
@@ -127,7 +127,8 @@ def test_shares_follow_speed_and_memory_and_stragglers_give_away() -> None:
 @pytest.mark.parametrize("seed", range(12))
 def test_exact_is_the_best_of_its_order_and_search_of_all(seed: int) -> None:
     tables = LayerTables(uneven(5, seed), unequal(seed, memory=seed % 3 == 0))
-    exact, paper = Planner(tables, 8, 4, exact=True), Planner(tables, 8, 4)
+    groups = Groups(tables, 8, 4)
+    exact, paper = Planner(groups, exact=True), Planner(groups)
     best = best_of_all(exact)
     if best == float("inf"):
         assert exact.best() is None and paper.best() is None
@@ -137,8 +138,8 @@ def test_exact_is_the_best_of_its_order_and_search_of_all(seed: int) -> None:
     assert found.latency == pytest.approx(best)
     assert heuristic.latency >= best * (1 - 1e-9)
     assert heuristic.latency == pytest.approx(paper.latency(heuristic.stages))
-    overall = min(best_of_all(Planner(tables, 8, 4, order)) for order in permutations(range(4)))
-    climbed = searched(tables, 8, 4)
+    overall = min(best_of_all(Planner(groups, order)) for order in permutations(range(4)))
+    climbed = searched(groups)
     assert climbed is not None and overall * (1 - 1e-9) <= climbed.latency <= best * (1 + 1e-9)
 
 
@@ -147,11 +148,12 @@ def test_what_the_planners_leave_behind(capsys: pytest.CaptureFixture[str]) -> N
     behind: dict[str, list[float]] = {"paper": [], "exact": [], "search": []}
     for seed in range(30):
         tables = LayerTables(uneven(5, 100 + seed), unequal(100 + seed))
-        best = min(best_of_all(Planner(tables, 8, 4, order)) for order in permutations(range(4)))
+        groups = Groups(tables, 8, 4)
+        best = min(best_of_all(Planner(groups, order)) for order in permutations(range(4)))
         found: dict[str, Layout | None] = {
-            "paper": Planner(tables, 8, 4).best(),
-            "exact": Planner(tables, 8, 4, exact=True).best(),
-            "search": searched(tables, 8, 4),
+            "paper": Planner(groups).best(),
+            "exact": Planner(groups, exact=True).best(),
+            "search": searched(groups),
         }
         for how, layout in found.items():
             assert layout is not None
@@ -238,7 +240,7 @@ def test_equations_and_the_simulator(stages: int) -> None:
     for seed in range(20):
         costs = uneven(stages, seed)
         boards = cluster(stages, bandwidth=2e2, duplex="half")
-        layout = Planner(LayerTables(costs, boards), 1, 32, range(stages)).best(stages)
+        layout = Planner(Groups(LayerTables(costs, boards), 1, 32), range(stages)).best(stages)
         assert layout is not None
         made = tuple(Stage((p, p + 1), (boards.names[p],), (1,)) for p in range(stages))
         pipeline = Pipeline(costs, made, "sgd")
@@ -283,7 +285,7 @@ def test_short_memory_keeps_fewer_in_flight_and_still_runs() -> None:
     tight = replace(
         boards, devices=tuple(replace(d, memory_bytes=int(stays + 2 * (fixed + 4 * per_row))) for d in boards.devices)
     )
-    layout = Planner(LayerTables(costs, tight), 4, 8).best(2)
+    layout = Planner(Groups(LayerTables(costs, tight), 4, 8)).best(2)
     assert layout is not None and [stage.in_flight for stage in layout.stages] == [2, 1]
     of(replace(tight, devices=tuple(replace(d, memory_bytes=2 * d.memory_bytes) for d in tight.devices)), costs, LOAD)
 
