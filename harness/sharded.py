@@ -335,9 +335,9 @@ def _requests(sharded: Sharded, rows: int, repeat: int, new_tokens: int | None, 
         return (sharded.phase(rows, f"infer{batch}", repeat),)
     further = sharded.further
     phases = [sharded.phase(rows, f"prefill{batch}", ends=further is None)]
-    if further is not None and new_tokens > 2:
-        phases.append(further.phase(rows, f"decode{batch}", new_tokens - 2, sharded))
     if further is not None:
+        if new_tokens > 2:
+            phases.append(further.phase(rows, f"decode{batch}", new_tokens - 2, sharded))
         phases.append(further.phase(rows, f"last token{batch}", 1, sharded, ends=True))
     return tuple(phases) * repeat
 
