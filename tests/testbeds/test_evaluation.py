@@ -132,12 +132,13 @@ def test_generated_tokens_are_those_of_the_unsharded_model(own_folders: Path) ->
 
 
 @needs_rights
-def test_uneven_shares_over_shaped_links(own_folders: Path) -> None:
-    """On three unequal devices answers are the unsharded model's, and bytes are those that the plan says."""
+@pytest.mark.parametrize("others", [(0.04,), (0.04, 0.01)])
+def test_uneven_shares_over_shaped_links(others: tuple[float, ...], own_folders: Path) -> None:
+    """On unequal devices answers are the unsharded model's, and bytes are those that the plan says."""
     text = (TESTBEDS / "emu-4-50mbit.toml").read_text().replace("count = 4\ncpu_share = 0.25", "cpu_share = 0.02")
-    for share in (0.04, 0.01):
+    for share in others:
         text = text.replace("[link]\n", f'[[devices]]\nprofile = "this-machine"\ncpu_share = {share}\n\n[link]\n', 1)
-    testbed = own_folders / "unequal.toml"
+    testbed = own_folders / f"unequal-{len(others)}.toml"
     testbed.write_text(text)
     run = {**TEXT, "model": "gpt2-tiny", "technique": "inference", "epochs": 1, "num_samples": 2, "batch_size": 1}
     run = {**run, "evaluate": False, "verify": True, "testbed": str(testbed), "seq_len": 65}
