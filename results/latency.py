@@ -54,7 +54,7 @@ def groups(records: Sequence[Record]) -> list[Group]:
     Without those that are there to see how latency scales.
     """
     found: dict[tuple[object, ...], list[Record]] = {}
-    scaled = {id(record) for group in scaling.groups(records) for record in group.records}
+    scaled = scaling.members(records)
     for record in records:
         if id(record) in scaled:
             continue

@@ -67,8 +67,10 @@ def _blocks(records: Sequence[Record], folder: Path) -> Iterator[Block]:
     yield Text(_summary(records))
     yield Bullets(tuple(f"{setting.title}: {_summary(setting.records)}" for setting in found))
     compared = [compare(setting) for setting in found]
+    scaled = scaling.members(records)
     for setting, comparisons in zip(found, compared, strict=True):
-        yield from _setting(setting, comparisons, folder)
+        if not all(id(record) in scaled for record in setting.records):
+            yield from _setting(setting, comparisons, folder)
     for name, cells in scores.of_papers(compared).items():
         yield from _beside(papers.load(name), cells, found)
     yield from _agreement(found, folder)

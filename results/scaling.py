@@ -56,6 +56,11 @@ def groups(records: Sequence[Record]) -> list[Group]:
     return [group for group in made if group.seconds]
 
 
+def members(records: Sequence[Record]) -> set[int]:
+    """The `id`s of those that the tables of scaling are made of, and that need no tables and figures of their own."""
+    return {id(record) for group in groups(records) for record in group.records}
+
+
 def _group(changes: str, records: Sequence[Record]) -> Group:
     setting = Setting("", tuple(records))
     runs: dict[tuple[str, str], list[Record]] = {}

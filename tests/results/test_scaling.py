@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from harness import store
 from harness.experiment import expand
 from harness.records import Record
 from harness.runner import run
-from results import galaxy_claims, latency, scaling
+from results import galaxy_claims, latency, report, scaling
 from tests.harness.conftest import ASKED
 
 STANDS = galaxy_claims.STANDS
@@ -111,3 +113,25 @@ def test_the_parts_of_a_generation_have_tables() -> None:
         assert record.latency_s == pytest.approx(record.prefill_time_s + 7 * record.time_per_token_s)
         assert first.frame[column][0] == f"{record.prefill_time_s:.4g}"
         assert further.frame[column][0] == f"{record.time_per_token_s:.4g}"
+
+
+def test_what_scales_has_its_tables_and_no_section_per_testbed(tmp_path: Path) -> None:
+    asked = {
+        "workload": {
+            "model": "bert-tiny",
+            "dataset": "synthetic",
+            "technique": "inference",
+            "num_samples": 1,
+            "batch_size": 1,
+            "seq_len": 32,
+        },
+        "run": {"method": "galaxy", "testbed": ["galaxy-m-1", "galaxy-m-2", "galaxy-c"]},
+    }
+    for request in expand(asked, "a test"):
+        store.save(tmp_path, run(request))
+    report.write(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    assert "## Latency on more devices" in headings
+    assert [line for line in headings if "galaxy-" in line] == ["## galaxy-c: inference on synthetic, batch 1"]
+    assert not list((tmp_path / "figures").glob("galaxy-m-*"))
