@@ -32,6 +32,8 @@ LINE_STYLES = ("-", "--", ":", "-.")
 METADATA: dict[str, dict[str, Any]] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
 #: Rows of more devices than this can't be read; the picture says how many it leaves out.
 MAX_DEVICES = 32
+#: More boxes, or points of a line, become pixels in .svg and .pdf, too: as shapes they are megabytes, too thin to see.
+MOST_SHAPES = 1000
 FONT_PT = 7.0
 #: Inches: the panels' width, one row, the memory panel, one line of a legend.
 PANEL_IN, ROW_IN, MEMORY_IN, LEGEND_IN = 9.2, 0.22, 1.7, 0.16
@@ -236,7 +238,8 @@ def _boxes(axes: Axes, layer: _Layer, devices: Sequence[str], queues: Sequence[s
             ink = "white" if event.kind == "forward" and not layer.pale else "black"
             place = ((left + right) / 2, (top + bottom) / 2)
             axes.text(*place, number, ha="center", va="center_baseline", color=ink, fontsize=FONT_PT)
-    axes.add_collection(PolyCollection(corners, facecolors=colours, edgecolors=edges, linewidths=0.4))
+    many = len(corners) > MOST_SHAPES
+    axes.add_collection(PolyCollection(corners, facecolors=colours, edgecolors=edges, linewidths=0.4, rasterized=many))
 
 
 def _pale(colour: str) -> str:
@@ -295,6 +298,7 @@ def _memory(
             color=DEVICE_COLOURS[index % len(DEVICE_COLOURS)],
             linestyle=LINE_STYLES[index // len(DEVICE_COLOURS) % len(LINE_STYLES)],
             linewidth=1.0,
+            rasterized=len(inside) > MOST_SHAPES,
             label=f"{_names(names)}: at most {trace.peak_bytes[names[0]] / divisor:.4g} {unit}",
         )
     limits: dict[int, list[str]] = {}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from harness.errors import OrreryError
-from harness.picture import COLOURS, MAX_DEVICES, gantt, meaning, overlay
+from harness.picture import COLOURS, MAX_DEVICES, MOST_SHAPES, gantt, meaning, overlay
 from harness.trace import Event, PhaseTrace, Trace
 
 
@@ -102,6 +102,15 @@ def test_the_same_trace_gives_the_same_bytes(tmp_path: Path, suffix: str, begins
     assert pictures[0].startswith(begins)
     assert pictures[0] == pictures[1]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_more_boxes_than_one_can_see_are_pixels(tmp_path: Path) -> None:
+    few, many = tmp_path / "few.svg", tmp_path / "many.svg"
+    gantt(pipeline(2, 50, 1), few)
+    gantt(pipeline(4, MOST_SHAPES // 8, 1), many)
+    assert "data:image/png" not in few.read_text() and boxes(few.read_text())
+    assert "data:image/png" in many.read_text()
+    assert many.stat().st_size < few.stat().st_size
 
 
 def test_a_budget_is_drawn_above_the_curves(tmp_path: Path) -> None:
