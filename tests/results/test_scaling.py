@@ -92,6 +92,20 @@ def test_claims_stand_beside_the_most_of_ours(made: Callable[..., Record]) -> No
     assert galaxy_claims.table([on("galaxy-e", "megatron", 24.0)]) is None
 
 
+def test_claims_of_scaling_stand_beside_the_same_links(made: Callable[..., Record]) -> None:
+    quick = [
+        made(1, 71, 10.0, testbed="galaxy-m-1@1000mbit@16gib"),
+        made(4, 284, 10.1, testbed="galaxy-m-4@1000mbit@16gib"),
+    ]
+    usual = [made(1, 71, 10.0), made(4, 284, 12.5)]
+    for records in (quick + usual, usual + quick):
+        table = galaxy_claims.table(records)
+        assert table is not None
+        assert list(table.frame["ours"]) == ["80 %"]
+        assert list(table.frame["from"]) == ["71 tokens per device, galaxy-m-4@16gib"]
+    assert galaxy_claims.table(quick) is None
+
+
 def test_the_parts_of_a_generation_have_tables() -> None:
     asked = {
         "workload": {
