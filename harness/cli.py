@@ -245,6 +245,10 @@ def run(
     save_adapter: Annotated[
         str | None, typer.Option("--save-adapter", metavar="FILE", help="file for what the technique trains")
     ] = None,
+    inject: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FAULT", help="such as 'crash device1 at step 3 during backward'; again for another one"),
+    ] = None,
     options: Set = None,
     no_cache: NoCache = False,
     force: Annotated[bool, typer.Option("--force", help="repeat runs that are finished")] = False,
@@ -341,7 +345,11 @@ def _tables(ctx: typer.Context) -> dict[str, dict[str, Any]]:
     """The flags that were given, as the tables of an experiment file."""
     from harness.experiment import KEYS
 
-    given = {**ctx.params, "plan": ctx.params.get("plan_file")}
+    given = {
+        **ctx.params,
+        "plan": ctx.params.get("plan_file"),
+        "inject": "; ".join(ctx.params.get("inject") or ()) or None,
+    }
     tables: dict[str, dict[str, Any]] = {
         section: {key: given[key] for key in keys if given.get(key) is not None} for section, keys in KEYS.items()
     }

@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 
 from harness import datasets, models, registry
 from harness.errors import OrreryError, unknown_name
+from harness.faults import Fault, faults_of
 from harness.plain import A_NAME, is_name, is_plain
 from harness.records import SCHEMA_VERSION
 from harness.registry import Method, Testbed
@@ -75,6 +76,7 @@ KEYS: dict[str, dict[str, type]] = {
         "verify": bool,
         "evaluate": bool,
         "save_adapter": str,
+        "inject": str,
     },
 }
 DEFAULT_TECHNIQUE = "full"
@@ -109,6 +111,7 @@ class Request:
     verify: bool = False
     evaluate: bool = False
     save_adapter: Path | None = None
+    faults: tuple[Fault, ...] = ()
 
     @property
     def config_hash(self) -> str:
@@ -125,6 +128,7 @@ class Request:
             "cache_dir": None if self.cache_dir is None else str(self.cache_dir),
             "verify": self.verify,
             "evaluate": self.evaluate,
+            "faults": [*map(str, self.faults)],
         }
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -298,6 +302,7 @@ def _requests(
     save_adapter = Path(run["save_adapter"]).expanduser() if "save_adapter" in run else None
     if save_adapter is not None:
         _check_adapter(save_adapter, workload, mode)
+    faults = faults_of(run["inject"], testbed.cluster.names) if "inject" in run else ()
     for chosen in _product(options.get(method.name, {})):
         yield Request(
             method=method,
@@ -311,6 +316,7 @@ def _requests(
             verify=not computed and run.get("verify", False),
             evaluate=not computed and run.get("evaluate", False),
             save_adapter=save_adapter,
+            faults=faults,
         )
 
 

@@ -73,6 +73,25 @@ def measure(trace: Trace, workload: Workload, cluster: Cluster, epochs_before: i
     }
 
 
+def recovered(whole_s: float, recoveries: Sequence[Mapping[str, object]], workload: Workload) -> dict[str, Any]:
+    """Record fields of a run that lost devices and went on: what only the whole run says, and none of what its trace,
+    which begins after the last failure, does not say of all of it."""
+    samples = workload.total_samples
+    return {
+        "total_time_s": whole_s,
+        "time_per_sample_s": whole_s / samples,
+        "throughput_samples_per_s": samples / whole_s,
+        "device_time_per_sample_s": None,
+        "peak_memory_bytes": None,
+        "memory": None,
+        "energy_j": None,
+        "energy_net_of_idle_j": None,
+        "energy_source": None,
+        "energy": None,
+        "recovery": [dict(recovery) for recovery in recoveries],
+    }
+
+
 def _generation(trace: Trace, requests: int) -> dict[str, float | None]:
     """How long a request takes up to its first new token, and every further token of it."""
     tokens = sum(phase.repeat for phase in trace.phases if phase.decoding)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 #: Raised whenever a field changes its meaning, appears or goes. It is part of what a stored run is named by.
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 #: Fields that may differ between two runs of the same input in simulated mode; all others are equal to the byte.
 NOT_DETERMINISTIC = ("planning_time_s", "provenance")
@@ -35,6 +35,7 @@ class DeviceMemory(Part):
     activations_bytes: int = 0
     buffers_bytes: int = 0
     cache_bytes: int = 0
+    snapshots_bytes: int = 0
     process_peak_bytes: int | None = Field(
         default=None, description="most memory that the device's process had, its code and libraries included"
     )
@@ -64,16 +65,21 @@ class DeviceEnergy(Part):
 
 
 class Recovery(Part):
-    """The phases of a recovery after a failure, and what the failure cost in throughput."""
+    """One recovery after a failure: its phases in order, what it moved, and what the failure cost in throughput."""
 
-    detect_s: float
-    replan_s: float
-    regroup_s: float
-    transfer_s: float
-    replay_s: float
-    first_step_s: float
-    throughput_before_samples_per_s: float
-    throughput_after_samples_per_s: float
+    fault: str = Field(description="what happened, as it was injected")
+    device: str
+    in_round: int = Field(description="rounds that were over when it happened")
+    back_to_round: int = Field(description="rounds of the snapshot that was gone back to")
+    detect_s: float = Field(description="from the failure until it was known")
+    replan_s: float | None = Field(description="of planning; null in virtual time: `planning_time_s` has it")
+    regroup_s: float = Field(description="until the devices that are left were connected anew")
+    transfer_s: float = Field(description="until each had what it needs")
+    replay_s: float = Field(description="of the rounds since the snapshot")
+    first_step_s: float = Field(description="of the round in which it happened, done again")
+    moved_bytes: int
+    throughput_before_samples_per_s: float | None = Field(description="null where no round was over")
+    throughput_after_samples_per_s: float | None = Field(description="null where no round is left")
 
 
 class AssumedConstant(Part):
@@ -182,7 +188,11 @@ class Record(Part):
     energy_source: str | None = None
     energy: dict[str, DeviceEnergy] | None = None
 
-    recovery: Recovery | None = None
+    recovery: list[Recovery] | None = Field(
+        default=None,
+        description="of every failure; then phases, bytes and queues are those after the last one, and no memory or "
+        "energy is given",
+    )
     planning_time_s: float | None = None
     plan: dict[str, JsonValue] | None = Field(default=None, description="the plan's summary: grouping, cuts, shares")
 

@@ -18,6 +18,7 @@ from harness import models
 from harness.datasets import batches
 from harness.engine.dropout import KeyedDropout
 from harness.models.layered import Layered
+from harness.models.shards import absent
 from harness.optimizers import optimizer_for
 from harness.plan import Phase, Plan, Shard
 from harness.plan.values import Range
@@ -66,7 +67,7 @@ def state(root: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[
     kept = {id(p): entries for optimizer in optimizers for p, entries in optimizer.state.items()}
     found: dict[str, Tensor] = {}
     for name, parameter in root.named_parameters():
-        if not parameter.is_meta and parameter.numel():
+        if not absent(parameter):
             found[name] = parameter.detach()
             for key, value in kept.get(id(parameter), {}).items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:

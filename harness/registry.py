@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from harness.cluster import Cluster
 from harness.costs import Costs
@@ -28,6 +28,9 @@ from harness.plain import is_plain
 from harness.plan import Plan
 from harness.techniques import TECHNIQUES
 from harness.workload import Workload
+
+if TYPE_CHECKING:
+    from harness.recovery import Loss, Resumed
 
 SYSTEMS, BASELINES = METHOD_PACKAGES = ("systems", "baselines")
 ENTRY_POINTS = "orrery.methods"
@@ -56,12 +59,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Method:
-    """A planner. `digest` is the hash of its file where the user gave one, so that an edited file is a new run."""
+    """A planner. `digest` is the hash of its file where the user gave one, so that an edited file is a new run.
+
+    `replan`: what it does about lost devices; None: a lost device is the end.
+    """
 
     name: str
     options: Mapping[str, object]
     plan: Callable[[Workload, Costs, Cluster, Mapping[str, object]], Plan]
     digest: str | None = None
+    replan: Callable[[Workload, Costs, Cluster, Mapping[str, object], Loss], Resumed] | None = None
 
 
 class Testbed(Protocol):
@@ -87,7 +94,7 @@ class Mode(Protocol):
 
     with opened(testbed) as execute:
         execute(plan, workload, costs, data_dir=..., cache_dir=..., journal=..., verify=..., evaluate=...,
-                keep_trained=...)
+                keep_trained=..., faults=..., replan=...)
     """
 
     def opened(self, testbed: Testbed) -> AbstractContextManager[Callable[..., Any]]: ...
@@ -193,7 +200,7 @@ def _method(name: str, module: ModuleType, where: str, digest: str | None = None
                 f"{where}: OPTIONS holds {option!r}: {default!r}. A name must be a text, and a default what a record "
                 "can hold: None, a truth value, a finite number, a text, or lists and dictionaries of these."
             )
-    return Method(name, options, plan, digest)
+    return Method(name, options, plan, digest, getattr(module, "replan", None))
 
 
 def check_methods(kind: str) -> dict[str, str | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import sys
 import time
 import traceback
@@ -25,6 +26,7 @@ from harness.plan import Plan, Step, serial
 from harness.plan.graph import InvalidPlan
 from harness.plan.validate import validate
 from harness.records import SCHEMA_VERSION, AssumedConstant, Provenance, Record
+from harness.recovery import Loss, Resumed
 from harness.registry import Testbed
 from harness.resume import Journal
 from harness.trace import Trace
@@ -153,6 +155,14 @@ class Testbeds(contextlib.ExitStack):
         return self._open[1]
 
 
+def _replan(request: Request, costs: Costs) -> Callable[[Loss], Resumed] | None:
+    """What the method does about a lost device, if anything."""
+    method, cluster = request.method, request.testbed.cluster
+    if method.replan is None:
+        return None
+    return functools.partial(method.replan, request.workload, costs, cluster, request.options)
+
+
 def run(request: Request) -> Record:
     """Profile, plan, validate, execute, measure. What does not fit, is not supported or breaks is a row with a reason.
 
@@ -212,6 +222,8 @@ class _Series:
             "evaluate": request.evaluate and first,
             "cache_dir": request.cache_dir,
             "keep_trained": request.save_adapter is not None and first,
+            "faults": request.faults,
+            "replan": _replan(request, costs),
         }
         self.execution = execution = execute(plan, request.workload, costs, **how, journal=self.journal)
         found.update(measure.memory(execution.trace), dilation=execution.dilation, emulation=plain(execution.emulation))
@@ -220,7 +232,11 @@ class _Series:
         _must_fit(execution.trace, request)
         found.update(resumed_after_epoch=execution.resumed_after_epoch)
         seen = execution.trace, request.workload, request.testbed.cluster
-        self.runs.append(measure.measure(*seen, execution.resumed_after_epoch or 0))
+        measured = measure.measure(*seen, execution.resumed_after_epoch or 0)
+        if execution.recoveries:
+            measured |= measure.recovered(execution.whole_s, execution.recoveries, request.workload)
+            found.update(peak_memory_bytes=None, memory=None)
+        self.runs.append(measured)
         if request.save_adapter is not None and first:
             _adapters().save(request.save_adapter, request.workload, execution.trained, request.config_hash)
 

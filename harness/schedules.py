@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -100,9 +101,10 @@ class Pipeline:
     """Stages in order over `costs`; builds the phase of a batch and the tensors its values name.
 
     With `clip` every update reads the square of the norm of all gradients together. With `store` every device stores
-    what it makes of `costs.cacheable`. With `costs.cached` every device loads that; then there is one stage, and its
-    weights are grouped as those of earlier stages over the units of `regions` were, with the parameters `apart` as
-    values of their own, as ones that several of those stages held.
+    what it makes of `costs.cacheable`. With `costs.cached` every device loads that; then there is one stage.
+    `regions` are ranges of units, in order, each within one stage: the weights of each, its optimizer state and its
+    buffers are values of their own, so that they can come and go by themselves. By default they are the stages. The
+    parameters `apart` are values of their own, too, as are those that several regions use.
     """
 
     costs: Costs
@@ -143,6 +145,17 @@ class Pipeline:
             if len(stages) > 1
         }
 
+    @cached_property
+    def single(self) -> frozenset[str]:
+        """Parameters that are values of their own."""
+        users = Counter(name for region in self.regions for name in self.costs.parameters_of(*region))
+        return frozenset((*self.tied, *self.apart, *(name for name, count in users.items() if count > 1)))
+
+    def regions_of(self, stage: Stage) -> tuple[Range, ...]:
+        """The ranges of units of the stage of which each has weights by itself."""
+        first, last = stage.units
+        return tuple(region for region in self.regions if first <= region[0] < region[1] <= last) or (stage.units,)
+
     def rows(self, stage: Stage, count: int) -> tuple[Range, ...]:
         """Row ranges of the stage's devices for a micro-batch of `count` rows."""
         cache: dict[tuple[Range, int], tuple[Range, ...]] = self.__dict__.setdefault("_rows", {})
@@ -182,16 +195,16 @@ class Pipeline:
         """
         found = []
         names = self.costs.parameters_of(*stage.units)
-        single = {*self.tied, *self.apart}
-        for first, last in self.regions or (stage.units,):
-            own = [name for name in self.costs.parameters_of(first, last) if name not in single]
+        for first, last in self.regions_of(stage):
+            own = [name for name in self.costs.parameters_of(first, last) if name not in self.single]
             trained = tuple(name for name in own if self.costs.parameters[name].trainable)
             frozen = tuple(name for name in own if not self.costs.parameters[name].trainable)
             if trained and frozen:
                 found.append((f"frozen@{first}:{last}", frozen, stage.devices))
             if own:
                 found.append((f"weights@{first}:{last}", trained or frozen, stage.devices))
-        return found + [(f"weights:{n}", (n,), self.tied.get(n, stage.devices)) for n in sorted(set(names) & single)]
+        single = sorted(self.single & set(names))
+        return found + [(f"weights:{name}", (name,), self.tied.get(name, stage.devices)) for name in single]
 
     def _numel(self, names: Sequence[str], trainable: bool) -> int:
         return sum(p.numel for p in map(self.costs.parameters.__getitem__, names) if p.trainable or not trainable)
@@ -211,8 +224,9 @@ class Pipeline:
                     tensors[gradients_of(weights)] = Tensor("gradients", 1, trained, itemsize)
                     if copies:
                         tensors[state_of(weights)] = Tensor("optimizer", 1, trained * copies, itemsize)
-            if buffers := costs.buffers_bytes(first, last):
-                tensors[f"buffers@{first}:{last}"] = Tensor("buffers", 1, buffers)
+            for region in self.regions_of(stage):
+                if buffers := costs.buffers_bytes(*region):
+                    tensors[buffers_of(region)] = Tensor("buffers", 1, buffers)
             if costs.training:
                 saved = costs.saved(first, last)
                 values = sum(costs.tensors[name].bytes(1) for name in self.kept_outputs(stage))
@@ -268,7 +282,6 @@ class _Worker:
         self.device = self.stage.devices[i]
         self._overlap_cache: dict[tuple[Range, int], list[tuple[str, Range]]] = {}
         self.first, self.last = self.stage.units
-        self.tag = f"@{self.first}:{self.last}"
         self.before = pipeline.stages[p - 1] if p else None
         self.behind = pipeline.stages[p + 1] if p + 1 < len(pipeline.stages) else None
         self.entering = self.costs.carried(self.first) if self.before else ()
@@ -277,7 +290,7 @@ class _Worker:
         tensors = pipeline.tensors
         self.weights = tuple(Value(weights) for weights, _, _ in groups)
         self.state = tuple(Value(n) for w, _, _ in groups if (n := state_of(w)) in tensors)
-        self.buffers = tuple(Value(n) for n in (f"buffers{self.tag}",) if n in tensors)
+        self.buffers = tuple(Value(n) for n in map(buffers_of, pipeline.regions_of(self.stage)) if n in tensors)
         self.gradients = [(Value(n), devices) for w, _, devices in groups if (n := gradients_of(w)) in tensors]
         self.trained = tuple(Value(w) for w, _, _ in groups if gradients_of(w) in tensors)
         self.live = self.weights + self.state + self.buffers
@@ -431,6 +444,11 @@ def gradients_of(weights: str) -> str:
 def state_of(weights: str) -> str:
     """The name of the optimizer's state of the value `weights...`."""
     return "optimizer" + weights.removeprefix("weights")
+
+
+def buffers_of(region: Range) -> str:
+    """The name of the buffers of the region's units."""
+    return "buffers@{}:{}".format(*region)
 
 
 def next_version(value: Value) -> Value:

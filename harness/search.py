@@ -270,11 +270,11 @@ def _plan(
         num_units=len(costs.units),
         tensors=pipeline.tensors,
         phases=tuple(phases),
-        summary=dict(_summary(costs, stages, size, phases[0])),
+        summary=dict(summary(costs, stages, size, phases[0])),
     )
 
 
-def _summary(costs: Costs, stages: Sequence[Stage], size: int, phase: Phase) -> Iterator[tuple[str, object]]:
+def summary(costs: Costs, stages: Sequence[Stage], size: int, phase: Phase) -> Iterator[tuple[str, object]]:
     yield "grouping", [len(stage.devices) for stage in stages]
     yield "devices", [list(stage.devices) for stage in stages]
     yield "layer_cuts", [_layers(costs, stage.units) for stage in stages]

@@ -18,7 +18,8 @@ from harness.costs import Costs
 from harness.engine import DeviceReport, Execution, check_samples, execution
 from harness.engine.checkpoint import Progress, epoch_ends, file_digest
 from harness.errors import OrreryError, OutOfMemory, Unsupported
-from harness.fleet.coordinator import Lost
+from harness.faults import Fault
+from harness.fleet.coordinator import Agreed, Lost
 from harness.fleet.job import SAMPLES, WEIGHTS, Job, answers, trained, trained_buffers, trained_parameters
 from harness.manifest import identity
 from harness.models import shards
@@ -34,6 +35,7 @@ from harness.workload import Workload
 from testbeds.emulation import calibration, cgroups, leftovers, namespaces, shaping
 from testbeds.emulation.calibration import Cores, Links
 from testbeds.emulation.machine import Machine
+from testbeds.emulation.rescue import Replan, Rescue
 from testbeds.emulation.setting import PACED_HEADROOM, Setting, decide, speeds
 from testbeds.library import PACED, QUOTA, Event, Testbed
 
@@ -118,11 +120,16 @@ class Emulation:
         keep_trained: bool = False,
         cache_dir: Path | None = None,
         journal: Journal | None = None,
+        faults: Sequence[Fault] = (),
+        replan: Replan | None = None,
     ) -> Execution:
         """Run the plan. With `verify` the same is done on one device, and the distance of the two is given; with
         `evaluate` the metric of what was trained, on samples that it has not seen. Neither is in any time.
 
         With `keep_trained` the parameters that were trained are given, too.
+
+        `faults` are what is to happen to devices. Where the plan takes snapshots, and there is a `replan`, a lost
+        device is not the end.
 
         `cache_dir` is where activation caches are kept. With a journal the run goes on where it was killed, and its
         state is kept. Raises OutOfMemory for a device over its limit, Broken (a failed row) for one that is lost.
@@ -145,10 +152,14 @@ class Emulation:
         pace = self._pace(plan, costs, dilation)
         save = verify or evaluate or keep_trained
         kept = {**self._kept(plan, workload, cache_dir, journal), "done": asdict(done)}
+        rescue = self._rescue(machine, setting, plan, workload, costs, save, faults, replan)
+        struck = {fault.device: asdict(fault) for fault in faults}
         jobs = [
             replace(
                 self._job(machine, setting, text, workload, device, save, pace.get(device, ())),
                 state_digest=None if committed is None else committed.digests[device],
+                recovers=rescue is not None,
+                fault=struck.get(device),
                 **kept,
             )
             for device in plan.devices
@@ -161,7 +172,8 @@ class Emulation:
                 STALL_S + STALL_FACTOR * iteration * dilation,
                 events.begun,
                 events.happen,
-                *(() if journal is None else (journal.commit,)),
+                recovers=rescue,
+                **({} if journal is None else {"saved": journal.commit}),
             )
         except Lost as lost:
             self._explain(machine, lost, plan, costs)
@@ -171,11 +183,19 @@ class Emulation:
         about = self._about(reports)
         if recomputed := {report.device: report.recomputed for report in reports if report.recomputed}:
             about["recomputed_cache_entries"] = recomputed
+        if rescue is not None:
+            plan, whole = rescue.last.plan, rescue.whole()
         found = replace(
             execution(plan, reports, workload.training, dilation),
             emulation=about,
             resumed_after_epoch=None if committed is None else committed.epochs,
         )
+        if rescue is not None and rescue.last.plan is not rescue.plan:
+            found = replace(
+                found,
+                recoveries=rescue.recoveries(reports, dilation),
+                whole_s=rescue.whole_s(reports, dilation),
+            )
         if evaluate or keep_trained:
             parameters = trained_parameters(workload, self.folder, plan.devices)
             if keep_trained:
@@ -196,6 +216,48 @@ class Emulation:
             reference.max_rel_error(trained(self.folder, device), wanted.state(), adaptive) for device in plan.devices
         ]
         return replace(found, max_rel_error=max(errors))
+
+    def _rescue(
+        self,
+        machine: Machine,
+        setting: Setting | None,
+        plan: Plan,
+        workload: Workload,
+        costs: Costs,
+        save: bool,
+        faults: Sequence[Fault],
+        replan: Replan | None,
+    ) -> Rescue | None:
+        """What leads the run on without a lost device; None where the plan takes no snapshots."""
+        if replan is None or not any(phase.commits for phase in plan.phases):
+            return None
+        dilation = setting.dilation if setting else 1.0
+
+        def jobs(plan: Plan, agreed: Agreed | None, restore: Mapping[str, Sequence[str]]) -> list[Job]:
+            self.generation, self.secret = machine.fleet.new_generation()
+            pace, text = self._pace(plan, costs, dilation), to_json(plan)
+            losses = () if agreed is None else agreed.losses
+            struck = {fault.device: asdict(fault) for fault in faults}
+            return [
+                replace(
+                    self._job(machine, setting, text, workload, device, save, pace.get(device, ())),
+                    done=asdict(Progress(trained=len(losses))),
+                    recovers=True,
+                    losses=losses if number == 0 else [0.0] * len(losses),
+                    restore=tuple(restore.get(device, ())),
+                    fault=struck.get(device),
+                )
+                for number, device in enumerate(plan.devices)
+            ]
+
+        return Rescue(
+            plan,
+            replan,
+            faults,
+            jobs,
+            cut=lambda device: machine.order("link", device, up=False),
+            fence=machine.kill,
+        )
 
     def close(self) -> None:
         if self.machine is not None:

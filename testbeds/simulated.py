@@ -27,6 +27,8 @@ class Simulation:
     dilation: float = 1.0
     emulation: None = None
     resumed_after_epoch: None = None
+    recoveries: tuple[()] = ()
+    whole_s: None = None
 
 
 @contextmanager

@@ -95,10 +95,7 @@ def restore(path: Path, digest: str, shard: ModelShard, values: Sequence[Value],
         pieces.setdefault(name.rpartition("/")[0], []).append(tensors[name].view(-1).to(shard.device))
     kinds = {value.name: shard.plan.tensors[value.name].kind for value in values if value.name in pieces}
     for name in sorted(kinds, key=lambda name: kinds[name] == "optimizer"):  # its weights come first
-        if kinds[name] == "optimizer":
-            shard.adopt_state(name, Bundle(tuple(pieces[name])), updates)
-        else:
-            shard.adopt(name, Bundle(tuple(pieces[name])))
+        shard.take_over(name, kinds[name], Bundle(tuple(pieces[name])), updates)
     return tensors[LOSSES].tolist()
 
 

@@ -15,7 +15,7 @@ from harness.engine.dropout import KeyedDropout
 from harness.engine.tensors import Bundle
 from harness.errors import OrreryError
 from harness.models.layered import RESULTS, Layered
-from harness.models.shards import complete, fill
+from harness.models.shards import absent, complete, fill
 from harness.optimizers import optimizer_for
 from harness.plan import Compute, Plan, Value
 from harness.plan.values import Range
@@ -53,6 +53,7 @@ class ModelShard:
         self._reads_batch: dict[tuple[Range, bool], bool] = {}
         self._parameters: dict[str, list[nn.Parameter]] = {}
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
+        self._inherited: dict[Tensor, dict[str, Tensor]] = {}
 
     def weights(self, name: str) -> list[nn.Parameter]:
         """Parameters of the value `weights...`, in the order in which the units first use them."""
@@ -107,6 +108,8 @@ class ModelShard:
             (piece,) = content.slice(first, last).pieces
             if parameter.is_meta:
                 fill(parameter, piece.view(parameter.shape))
+            elif absent(parameter):
+                parameter.data = piece.view(parameter.shape).clone()
             else:
                 parameter.data.copy_(piece.view(parameter.shape))
             first = last
@@ -114,14 +117,18 @@ class ModelShard:
     def complete(self, path: Path, values: Sequence[Value]) -> None:
         """Read from the model's file what of the weights among the values has no content yet."""
         names = [value.name for value in values if self.plan.tensors[value.name].kind == "weights"]
-        missing = [p for name in names for p in self.weights(name) if p.is_meta]
+        missing = [p for name in names for p in self.weights(name) if absent(p)]
         complete(self.layered, self.workload, path, missing)
         for parameter in missing:
             parameter.data = parameter.data.to(self.device)
 
     def state_bundle(self, name: str) -> Bundle:
         """The value `optimizer...` as flat pieces, parameter by parameter."""
-        state = self._optimizers[_gradients(name)].state
+        state = self._optimizer(_gradients(name)).state
+        for parameter in self.trained(_gradients(name)):
+            if not state[parameter]:  # before the first update
+                state[parameter] = {key: torch.zeros_like(parameter) for key in STATE[self.workload.optimizer]}
+                self._count(state[parameter], 0)
         keys = STATE[self.workload.optimizer]
         return Bundle(tuple(state[p][key].view(-1) for p in self.trained(_gradients(name)) for key in keys))
 
@@ -131,23 +138,65 @@ class ModelShard:
         first = 0
         for parameter in self.trained(_gradients(name)):
             state = optimizer.state[parameter]
-            if self.workload.optimizer == "adamw":
-                state["step"] = torch.tensor(float(updates))
+            self._count(state, updates)
             for key in STATE[self.workload.optimizer]:
                 last = first + parameter.numel()
                 (piece,) = content.slice(first, last).pieces
                 state[key] = piece.view(parameter.shape).clone()
                 first = last
 
+    def _count(self, state: dict[str, Tensor], updates: int) -> None:
+        if self.workload.optimizer == "adamw":
+            state["step"] = torch.tensor(float(updates))
+
+    def buffers_bundle(self, name: str) -> Bundle:
+        """The value `buffers@a:b` as flat pieces of bytes: not all buffers are of one type."""
+        return Bundle(tuple(buffer.view(-1).view(torch.uint8) for buffer in self._buffers(name)))
+
+    def adopt_buffers(self, name: str, content: Bundle) -> None:
+        """Take over the value `buffers@a:b` from a device that has it."""
+        first = 0
+        for buffer in self._buffers(name):
+            last = first + buffer.nbytes
+            (piece,) = content.slice(first, last).pieces
+            stored = piece.clone().view(buffer.dtype).view(buffer.shape)
+            if buffer.is_meta:
+                fill(buffer, stored)
+            else:
+                buffer.copy_(stored)
+            first = last
+
+    def _buffers(self, name: str) -> list[Tensor]:
+        first, last = map(int, name.removeprefix("buffers@").split(":"))
+        units = self.layered.units[first:last]
+        found = {id(b): b for unit in (*self.layered.locals_of(units), *units) for b in unit.buffers()}
+        return list(found.values())
+
+    def inherit(self, before: ModelShard) -> None:
+        """Take over what another shard of the same model has as the state of optimizers."""
+        for optimizer in before.optimizers:
+            self._inherited |= optimizer.state
+
+    def take_over(self, name: str, kind: str, content: Bundle, updates: int) -> None:
+        """Take over a value of one of these kinds, after so many updates."""
+        if kind == "weights":
+            self.adopt(name, content)
+        elif kind == "optimizer":
+            self.adopt_state(name, content, updates)
+        else:
+            self.adopt_buffers(name, content)
+
     def _optimizer(self, gradients: str) -> torch.optim.Optimizer:
         if gradients not in self._optimizers:
-            self._optimizers[gradients] = optimizer_for(self.workload, self.trained(gradients))
+            trained = self.trained(gradients)
+            optimizer = self._optimizers[gradients] = optimizer_for(self.workload, trained)
+            optimizer.state.update({p: self._inherited[p] for p in trained if p in self._inherited})
         return self._optimizers[gradients]
 
     def release(self, name: str) -> None:
-        """Let go of the value `weights...` or `frozen...`: nothing uses it any more."""
+        """Let go of the value `weights...` or `frozen...`: nothing uses it any more. The shape stays."""
         for parameter in self.weights(name):
-            parameter.data = parameter.data.new_empty(0)
+            parameter.data = parameter.data.new_empty(1).expand(parameter.shape)
 
     def gradients(self, name: str) -> Bundle:
         """The value `gradients...` as flat pieces; autograd adds to this very memory until they are dropped."""
@@ -257,7 +306,7 @@ class ModelShard:
         """Bytes that stay from iteration to iteration, by kind."""
         states = [state for optimizer in self._optimizers.values() for state in optimizer.state.values()]
         tensors: dict[str, list[Tensor]] = {
-            "weights": [p for p in self.layered.root.parameters() if not p.is_meta],
+            "weights": [p for p in self.layered.root.parameters() if not absent(p)],
             "buffers": self.buffers(),
             "optimizer": [t for state in states for t in state.values() if isinstance(t, Tensor)],
         }

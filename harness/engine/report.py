@@ -75,6 +75,8 @@ class Execution:
 
     `emulation` is what an emulated testbed measured of itself. `trained`: the trained parameters, where asked for.
     `resumed_after_epoch`: the run had been killed, and the trace is of what was left; the losses are of all of it.
+    `recoveries`: of each failure the fields of a record's `Recovery`; the trace is of what came after the last one, and
+    `whole_s` is how long all of it took.
     """
 
     trace: Trace
@@ -85,6 +87,8 @@ class Execution:
     emulation: Mapping[str, object] | None = None
     trained: Mapping[str, Tensor] | None = None
     resumed_after_epoch: int | None = None
+    recoveries: Sequence[Mapping[str, object]] = ()
+    whole_s: float | None = None
 
 
 def execution(plan: Plan, reports: Sequence[DeviceReport], training: bool, dilation: float = 1.0) -> Execution:

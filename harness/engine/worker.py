@@ -25,6 +25,7 @@ from harness.engine.checkpoint import BEGINNING, Progress
 from harness.engine.model_shard import ModelShard, Saved
 from harness.engine.program import Program, rows_of
 from harness.engine.report import DeviceReport, PhaseMemory, PhaseTimes, watched_phases
+from harness.engine.snapshots import Payload, Snapshot
 from harness.engine.tensors import Bundle, buffer, dtype_name, empty_on_host, flat, on_host, part
 from harness.errors import OrreryError, Unsupported
 from harness.plan import Combine, Compute, Load, Phase, Plan, Recv, Send, Step, Store, Value, pieces
@@ -37,7 +38,8 @@ from harness.trace import EVENTS_KEPT, Event, kind_of, label_of, micro_batch_of
 from harness.transport import Frame, Transport, TransportError
 from harness.workload import Workload
 
-Payload = Tensor | Bundle | Saved | None
+#: Kinds of values that are the shard's own, once they have come.
+STANDING = ("weights", "optimizer", "buffers")
 #: How long `stop` waits for a thread that is amid an operator.
 STOP_S = 10
 #: The first is watched, which takes memory in another order than a run does; the second is as a run.
@@ -98,6 +100,8 @@ class Worker:
     `cache`: where it loads and stores.
     `begin`: what was done before the plan's first phase, with its `losses`. `phase_over(place, losses)` is called
     between phases, when what the next one begins with is there.
+    `snapshot`: one that still counts, of which the first phase begins with the values. `commit(trained, losses)` is the
+    barrier at which another one does. `fault(iteration, node)` is called before the node of a queue is begun.
     """
 
     def __init__(
@@ -117,12 +121,18 @@ class Worker:
         losses: Sequence[float] = (),
         phase_over: Callable[[int, Sequence[float]], None] = lambda place, losses: None,
         keeps_answers: bool = True,
+        snapshot: Snapshot | None = None,
+        commit: Callable[[int, Sequence[float]], None] = lambda trained, losses: None,
+        fault: Callable[[Iteration, int], None] | None = None,
     ) -> None:
         self.device, self.plan, self.programs, self.workload = device, plan, programs, workload
         self.shard, self.dataset, self.transport = shard, dataset, transport
         self.barrier, self.progress, self.pace, self.cache = barrier, progress, pace, cache
         self.begin, self.losses, self.phase_over = begin, losses, phase_over
         self.keeps_answers = keeps_answers
+        #: The snapshot that counts, and while it is not known whether all have the next one, that one.
+        self.snapshots = [] if snapshot is None else [snapshot]
+        self.commit, self.fault = commit, fault
         self._lock = threading.Lock()
         self._compute_turn, self._send_turn, self._store_turn = (threading.Condition(self._lock) for _ in range(3))
         self._error: BaseException | None = None
@@ -215,7 +225,7 @@ class Worker:
         self._origin = origin
         losses: list[float] = [*self.losses]
         phases: list[PhaseTimes] = []
-        carried: dict[Value, Payload] = {}
+        carried: dict[Value, Payload] = dict(self.snapshots[0].values) if self.snapshots else {}
         memory: list[PhaseMemory] = []
         (ids, moved), number = self._samples(), 0
         watched = watched_phases(self.plan)
@@ -231,7 +241,9 @@ class Worker:
             spans: list[tuple[float, float]] = []
             sent = sum(self._sent.values())
             for index in range(phase.repeat):
-                if phase.is_request:
+                if phase.commits:
+                    self._agree(phase, carried, losses)
+                elif phase.is_request:
                     self.barrier()
                 began = time.perf_counter()
                 if not phase.decoding:
@@ -267,6 +279,18 @@ class Worker:
             late_s=self._late_s,
             recomputed=0 if self.cache is None else self.cache.recomputed,
         )
+
+    def _agree(self, phase: Phase, carried: Mapping[Value, Payload], losses: Sequence[float]) -> None:
+        """Wait until all have the snapshot that the phase commits; from then on it counts."""
+        left = {value.name for value in phase.leaves_of(self.device)}
+        values = {
+            value: payload
+            for value, payload in carried.items()
+            if value.name in left and self.plan.tensors[value.name].kind == "snapshots"
+        }
+        self.snapshots.append(Snapshot(self.plan, len(losses), values))
+        self.commit(len(losses), losses)
+        del self.snapshots[:-1]
 
     def _watched(
         self, number: int, place: int, sample_ids: Sequence[int], carried: Mapping[Value, Payload], token: int
@@ -331,6 +355,8 @@ class Worker:
         """The compute queue of one iteration, and what the next one must find."""
         for node in iteration.program.compute:
             self._wait(iteration, node, self._compute_turn)
+            if self.fault is not None and not iteration.rehearsal:
+                self.fault(iteration, node)
             start = time.perf_counter()
             self._compute(iteration, node, iteration.program.actions[node])
             if self.shard.device.type == "cuda":
@@ -391,13 +417,10 @@ class Worker:
             if value.name not in left and self.plan.tensors[value.name].kind == "weights":
                 self.shard.release(value.name)
         for value, payload in carried.items():
-            if not isinstance(payload, Bundle):
-                continue
-            if self.plan.tensors[value.name].kind == "weights":
-                self.shard.adopt(value.name, payload)
-            elif self.plan.tensors[value.name].kind == "optimizer":
-                self.shard.adopt_state(value.name, payload, updates)
-            carried[value] = None
+            kind = self.plan.tensors[value.name].kind
+            if isinstance(payload, Bundle) and kind in STANDING:
+                self.shard.take_over(value.name, kind, payload, updates)
+                carried[value] = None
 
     # What actions do
 
@@ -474,7 +497,7 @@ class Worker:
             values[write] = total
         else:
             (whole,) = action.reads
-            piece = self._held(iteration, write._replace(version=whole.version))
+            piece = self._held(iteration, whole._replace(rows=write.rows, tokens=write.tokens, width=write.width))
             if not action.in_place:
                 piece = self._copied(iteration, node, write, piece)
             values[write] = piece
@@ -584,6 +607,8 @@ class Worker:
             payload = self.shard.weights_bundle(value.name)
         elif self.plan.tensors[value.name].kind == "optimizer":
             payload = self.shard.state_bundle(value.name)
+        elif value.name.startswith("buffers@"):
+            payload = self.shard.buffers_bundle(value.name)
         elif (payload := iteration.values.get(whole)) is None:
             whole = next(held for held in tuple(iteration.values) if is_piece(value, held) and held.name == value.name)
             payload = iteration.values[whole]
@@ -600,6 +625,8 @@ class Worker:
             while (item := self._sending.get()) is not None:
                 iteration, node = item
                 self._wait(iteration, node, self._send_turn)
+                if self.fault is not None and not iteration.rehearsal:
+                    self.fault(iteration, node)
                 action = iteration.program.actions[node]
                 assert isinstance(action, Send)
                 start = time.perf_counter()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from harness.engine import DeviceReport
 from harness.errors import Broken, OrreryError, Unsupported
@@ -26,6 +27,32 @@ FAREWELL_S = 5.0
 
 #: (epochs, digest of each device's state).
 Saved = Callable[[int, Mapping[str, str]], None]
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """A snapshot that all devices have: after so many rounds, with the loss of each of them."""
+
+    trained: int
+    losses: tuple[float, ...]
+
+
+class Recovers(Protocol):
+    """What goes on where a device is lost, and the run is not over with it."""
+
+    def struck(self, device: str, at: float) -> bool:
+        """A fault that was asked for happens, at that time of `time.monotonic`. Returns whether the device can't be
+        heard any more."""
+        ...
+
+    def recover(self, lost: Lost, agreed: Agreed | None) -> Sequence[Job]:
+        """The jobs of the next generation, of the devices that are left, which go back to what is `agreed`. Raises
+        where there is no way."""
+        ...
+
+    def regrouped(self) -> None:
+        """They are about to begin."""
+        ...
 
 
 class Lost(Broken):
@@ -80,17 +107,18 @@ class Fleet:
         begun: Callable[[float], None] = lambda origin: None,
         meanwhile: Callable[[], None] = lambda: None,
         saved: Saved = lambda epochs, digests: None,
+        recovers: Recovers | None = None,
     ) -> list[DeviceReport]:
         """Run a plan's jobs, one per device. `stall_s`: no iteration takes so long, unless something is wrong.
 
         `begun(origin)` is called when the clock has started, `meanwhile()` now and then from then on, and
         `saved(epochs, digests)` when every device has written its state after so many epochs. Raises Lost when
         a worker or supervisor dies, fails or hangs, and Unsupported or OrreryError where a worker did; every worker is
-        gone then, too.
+        gone then, too. With `recovers` Lost is for it to deal with: the reports are of the devices that are left.
         """
         jobs_of = {job.device: {"plan": asdict(job)} for job in jobs}
-        done = self._lead(jobs_of, "done", stall_s, begun, meanwhile, saved)
-        return [REPORT.validate_python(done[job.device]) for job in jobs]
+        done = self._lead(jobs_of, "done", stall_s, begun, meanwhile, saved, recovers)
+        return [REPORT.validate_python(done[job.device]) for job in jobs if job.device in done]
 
     def probe(self, probes: Mapping[str, ComputeProbe | LinkProbe], stall_s: float) -> dict[str, dict[str, float]]:
         """Measure on several devices at once; answers by device. Raises like `run`."""
@@ -106,24 +134,41 @@ class Fleet:
         begun: Callable[[float], None] = lambda origin: None,
         meanwhile: Callable[[], None] = lambda: None,
         saved: Saved = lambda epochs, digests: None,
+        recovers: Recovers | None = None,
     ) -> dict[str, Any]:
-        """One generation of workers, from fork to exit; what each says under the word `result`."""
-        run = _Run(self, {device: self.supervisors[device] for device in messages}, stall_s, saved)
+        """Workers from fork to exit, through all generations; what each says under the word `result`."""
+        channels = {device: self.supervisors[device] for device in messages}
+        run = _Run(self, channels, stall_s, saved, recovers)
         try:
             for device, message in messages.items():
                 run.tell_supervisor(device, {"run": message})
-            said = run.gather("listening", "ready")
-            if addresses := {device: m["listening"] for device, m in said.items() if "listening" in m}:
-                run.tell_all({"peers": addresses})
-                run.gather("ready")
-            origin = time.perf_counter()
-            run.tell_all({"go": origin})
-            begun(origin)
-            answers = {device: message[result] for device, message in run.gather(result, meanwhile=meanwhile).items()}
-            run.tell_all({"close": True})
-            return answers
+            while True:
+                try:
+                    return self._generation(run, result, begun, meanwhile)
+                except Lost as lost:
+                    if recovers is None:
+                        raise
+                    run.regroup(lost.device, recovers.recover(lost, run.agreed))
         finally:
             run.end()
+
+    @staticmethod
+    def _generation(
+        run: _Run, result: str, begun: Callable[[float], None], meanwhile: Callable[[], None]
+    ) -> dict[str, Any]:
+        """From the workers' first word to their last."""
+        said = run.gather("listening", "ready")
+        if addresses := {device: m["listening"] for device, m in said.items() if "listening" in m}:
+            run.tell_all({"peers": addresses})
+            run.gather("ready")
+        origin = time.perf_counter()
+        if run.recovers is not None:
+            run.recovers.regrouped()
+        run.tell_all({"go": origin})
+        begun(origin)
+        answers = {device: message[result] for device, message in run.gather(result, meanwhile=meanwhile).items()}
+        run.tell_all({"close": True})
+        return answers
 
     def new_generation(self) -> tuple[int, str]:
         """A generation that was never used, and its secret."""
@@ -139,8 +184,19 @@ class Fleet:
 class _Run:
     """One generation: what each worker has said so far, and whether it still lives."""
 
-    def __init__(self, fleet: Fleet, channels: Mapping[str, Channel], stall_s: float, saved: Saved) -> None:
-        self.fleet, self.channels, self.stall_s, self.saved = fleet, channels, stall_s, saved
+    def __init__(
+        self,
+        fleet: Fleet,
+        channels: Mapping[str, Channel],
+        stall_s: float,
+        saved: Saved,
+        recovers: Recovers | None = None,
+    ) -> None:
+        self.fleet, self.channels, self.stall_s, self.saved = fleet, dict(channels), stall_s, saved
+        self.recovers = recovers
+        self.agreed: Agreed | None = None
+        self.unheard: set[str] = set()
+        self.generation = fleet.generation
         self.digests: dict[int, dict[str, str]] = defaultdict(dict)
         self.device_of = {id(channel): device for device, channel in channels.items()}
         now = time.monotonic()
@@ -151,6 +207,29 @@ class _Run:
         self.closing = False
         self.said: dict[str, list[Message]] = {device: [] for device in channels}
         self.bad: list[_Bad] = []
+        #: When a worker first said that it had lost a peer, and what it said.
+        self.lost_peer: tuple[float, _Bad] | None = None
+
+    def regroup(self, lost: str, jobs: Sequence[Job]) -> None:
+        """The next generation of workers, in the same processes, without the device that is lost."""
+        self.fleet.broken = True  # for the next run
+        generation = jobs[0].generation
+        left = {job.device for job in jobs}
+        for device in set(self.channels) - left:
+            self.alive[device] = False
+            with contextlib.suppress(Closed):
+                self.channels[device].send({"stop": True})
+        now = time.monotonic()
+        self.channels = {device: channel for device, channel in self.channels.items() if device in left}
+        self.generation, self.bad, self.lost_peer = generation, [], None
+        for device in self.channels:
+            self.heard[device] = self.moved[device] = now
+            self.said[device] = []
+        for of_device in (self.heard, self.moved, self.progress, self.said):
+            for device in set(of_device) - left:
+                del of_device[device]
+        for job in jobs:
+            self.tell_supervisor(job.device, {"worker": {"regroup": asdict(job)}})
 
     def tell_supervisor(self, device: str, message: Message) -> None:
         try:
@@ -172,14 +251,19 @@ class _Run:
             if len(found) == len(self.said):
                 return found
             if all(said and "reached" in said[-1] for said in self.said.values()):
-                for said in self.said.values():
-                    said.pop()
+                self._agree([said.pop()["reached"] for said in self.said.values()])
                 self.tell_all({"proceed": True})
             self._listen(0.05)
             if self.bad:
                 self._fail()
             self._check_silence()
             meanwhile()
+
+    def _agree(self, reached: Sequence[Any]) -> None:
+        """Where the barrier is one at which a snapshot counts from now on, remember it."""
+        if all(isinstance(about, dict) for about in reached):
+            losses = tuple(map(sum, zip(*(about["losses"] for about in reached), strict=True)))
+            self.agreed = Agreed(reached[0]["trained"], losses)
 
     def end(self) -> None:
         """Every worker is gone when this returns."""
@@ -204,11 +288,17 @@ class _Run:
         listening = [c for device, c in self.channels.items() if self.alive[device]]
         for channel in ready(listening, timeout_s):
             device = self.device_of[id(channel)]
-            self.heard[device] = time.monotonic()
             try:
-                self._take(device, channel.receive())
+                message = channel.receive()
             except Closed as closed:
-                self._supervisor_gone(device, closed)
+                if device in self.unheard:
+                    self.alive[device] = False
+                else:
+                    self._supervisor_gone(device, closed)
+                continue
+            if device not in self.unheard:
+                self.heard[device] = time.monotonic()
+                self._take(device, message)
 
     def _take(self, device: str, message: Message) -> None:
         if "ended" in message:
@@ -217,6 +307,15 @@ class _Run:
                 self.bad.append(_Bad(device, _how(message["ended"]), exit_code=message["ended"]))
         elif "alive" in message:
             self._pulse(device, message["alive"])
+        elif message["worker"].get("generation", self.generation) != self.generation:
+            return  # of a generation that is over
+        elif "fault" in message["worker"]:
+            assert self.recovers is not None
+            if self.recovers.struck(device, message["worker"]["fault"]["at"]):
+                self.unheard.add(device)
+        elif "lost" in message["worker"]:
+            if self.lost_peer is None:
+                self.lost_peer = time.monotonic(), _Bad(device, message["worker"]["lost"])
         elif "failed" in message["worker"]:
             failed = message["worker"]["failed"]
             cause = f"{failed['kind']}: {failed['message']}"
@@ -244,6 +343,8 @@ class _Run:
 
     def _check_silence(self) -> None:
         now = time.monotonic()
+        if self.lost_peer is not None and now - self.lost_peer[0] > SILENCE_S + GRACE_S:
+            self.bad.append(self.lost_peer[1])  # all can be heard: it is no device that is lost
         for device, heard in self.heard.items():
             if now - heard > SILENCE_S:
                 self.bad.append(_Bad(device, f"its supervisor has been silent for {now - heard:.1f} s"))
@@ -263,7 +364,7 @@ class _Run:
 
     def _fail(self) -> None:
         """Hear the others out, then name the cause: who only lost a peer is not it."""
-        limit = time.monotonic() + GRACE_S
+        limit = time.monotonic() + (GRACE_S if self.recovers is None else 0.0)
         while (left := limit - time.monotonic()) > 0 and any(self.alive.values()):
             self._listen(left)
         cause = min(self.bad, key=lambda bad: bad.secondary)

@@ -24,9 +24,11 @@ from harness.datasets import batches
 from harness.engine import DeviceReport, ModelShard, Worker, check_samples, checkpoint, programs
 from harness.engine.checkpoint import Progress, epoch_ends
 from harness.engine.program import Program, held, peers, rows_of
+from harness.engine.snapshots import Snapshot, restored
 from harness.errors import Broken, OrreryError, Unsupported
-from harness.fleet import probe
+from harness.fleet import faults, probe
 from harness.fleet.channel import Channel, Closed, Message
+from harness.fleet.mailbox import Mailbox, Regroup
 from harness.fleet.processes import enter
 from harness.fleet.supervisor import Pulse
 from harness.heap import keep_freed_memory
@@ -36,7 +38,7 @@ from harness.plan import Plan
 from harness.plan.serial import from_json
 from harness.reference import state
 from harness.samples import Dataset
-from harness.transport import PeerLost, Transport
+from harness.transport import PeerLost, Transport, TransportError
 from harness.workload import Workload
 
 WEIGHTS, SAMPLES = "weights.safetensors", "samples.safetensors"
@@ -45,6 +47,8 @@ CONNECT_S = 60.0
 ACCELERATORS = {"cpu": "cpu", "gpu": "cuda"}
 #: A thread that has something to do gets its turn after this long: a receive must not wait for Python code.
 SWITCH_S = 2e-4
+#: After a failure no iteration is watched: that would take time.
+NOTHING_WATCHED = {"moving": 0, "gradients": 0, "activations": 0}
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,9 @@ class Job:
     `identity`: what the activation cache is of; it lies in `cache`, where it stays, or else in the folder.
     `state`: a folder for what the device has when an epoch is over. `done` is the progress before the plan's first
     phase, and `state_digest` that of the state which was written then.
+    `recovers`: where a peer is lost, the worker waits for the job of the next generation. Then `losses` are those of
+    the rounds that are done, and the values `restore` are as in the snapshot of that time.
+    `fault` is what is to happen to the device.
     """
 
     device: str
@@ -80,6 +87,26 @@ class Job:
     state: str | None = None
     done: Mapping[str, int] = field(default_factory=dict)
     state_digest: str | None = None
+    recovers: bool = False
+    losses: Sequence[float] = ()
+    restore: Sequence[str] = ()
+    fault: Mapping[str, Any] | None = None
+
+
+@dataclass
+class _Member:
+    """What a worker has of one generation, and leaves to the next one."""
+
+    transport: Transport
+    shard: ModelShard | None = None
+    dataset: Dataset | None = None
+    worker: Worker | None = None
+    snapshots: Sequence[Snapshot] = ()
+
+    def call_off(self, regroup: Regroup) -> None:
+        if self.worker is not None:
+            self.worker.fail(regroup)
+        self.transport.close()
 
 
 def work(channel: Channel, message: Message, pulse: Pulse) -> None:
@@ -108,35 +135,81 @@ def work(channel: Channel, message: Message, pulse: Pulse) -> None:
 
 
 def _work(channel: Channel, job: Job, pulse: Pulse) -> None:
+    """One generation after the other, until one comes to its end."""
     enter(job.enter)
     sys.setswitchinterval(SWITCH_S)
-    plan, workload = from_json(job.plan), Workload(**job.workload)
-    mine = programs(plan, job.device)
-    transport = Transport(
-        job.device,
-        bytes.fromhex(job.secret),
-        job.generation,
-        latency_s=job.latency_s,
-        send_buffer_bytes=job.send_buffer_bytes,
-    )
-    cache: ActivationCache | None = None
+    mailbox, before = Mailbox(channel, job.generation), None
+    while True:
+        member = _Member(
+            Transport(
+                job.device,
+                bytes.fromhex(job.secret),
+                job.generation,
+                latency_s=job.latency_s,
+                send_buffer_bytes=job.send_buffer_bytes,
+            )
+        )
+        try:
+            _take_part(mailbox, job, pulse, member, before)
+            return
+        except Regroup as found:
+            regroup = found
+        except TransportError as error:
+            if not job.recovers:
+                raise
+            regroup = _called_off(mailbox, error)
+        finally:
+            if member.worker is not None:
+                member.worker.stop()
+            member.transport.close()
+        before = member
+        mailbox.begin(regroup)
+        job = Job(**regroup.job)
+
+
+def _called_off(mailbox: Mailbox, error: TransportError) -> Regroup:
+    """Wait to be told how it goes on without the peer that is lost."""
     try:
-        channel.send({"listening": transport.listen(job.host, job.port)})
-        begin = Progress(**job.done)
-        shard, losses = _shard(job, plan, workload, begin)
-        dataset = samples.read(Path(job.folder) / SAMPLES)
+        mailbox.check()
+        mailbox.send({"lost": str(error)})
+        while True:
+            mailbox.receive()
+    except Regroup as regroup:
+        return regroup
+
+
+def _take_part(mailbox: Mailbox, job: Job, pulse: Pulse, member: _Member, before: _Member | None) -> None:
+    """One generation. What a later one needs is left with the member; `before`: what the one before has left."""
+    if before is not None:
+        member.shard, member.dataset, member.snapshots = before.shard, before.dataset, before.snapshots
+    plan, workload, transport = from_json(job.plan), Workload(**job.workload), member.transport
+    mine, begin = programs(plan, job.device), Progress(**job.done)
+    cache: ActivationCache | None = None
+    mailbox.on_call_off(member.call_off)
+    try:
+        mailbox.send({"listening": transport.listen(job.host, job.port)})
+        snapshot = _snapshot(job, member)
+        if member.shard is not None and snapshot is not None:
+            shard, losses = _restored(job, plan, member.shard, snapshot), list(job.losses)
+        else:
+            shard, losses = _shard(job, plan, workload, begin)
+        dataset = member.dataset or samples.read(Path(job.folder) / SAMPLES)
+        member.shard, member.dataset = shard, dataset
         check_samples(workload, dataset)
         if any(program.storage for program in mine):
             cache = _cache(job, plan, workload, dataset)
             if plan.phases[0].cached:
                 _check_filled(cache, mine, workload)
-        addresses = {name: tuple(address) for name, address in channel.receive()["peers"].items()}
+        addresses = {name: tuple(address) for name, address in mailbox.receive()["peers"].items()}
         outgoing, incoming = peers(mine)
         transport.connect({peer: addresses[peer] for peer in outgoing}, incoming, timeout_s=CONNECT_S)
 
-        def barrier() -> None:
-            channel.send({"reached": True})
-            channel.receive()
+        def barrier(about: Message | None = None) -> None:
+            mailbox.send({"reached": about or True})
+            mailbox.receive()
+
+        def commit(trained: int, losses: Sequence[float]) -> None:
+            barrier({"trained": trained, "losses": list(losses)})
 
         ends = epoch_ends(plan, workload, begin) if job.state is not None else {}
 
@@ -146,10 +219,9 @@ def _work(channel: Channel, job: Job, pulse: Pulse) -> None:
                     cache.sync()
                 path = checkpoint.path_of(Path(job.state or ""), ends[place].epochs, job.device)
                 digest = checkpoint.save(path, shard, plan.phases[place + 1].live[job.device], losses)
-                channel.send({"saved": {"epochs": ends[place].epochs, "digest": digest}})
+                mailbox.send({"saved": {"epochs": ends[place].epochs, "digest": digest}})
 
-        pace = [{int(node): seconds for node, seconds in phase.items()} for phase in job.pace]
-        worker = Worker(
+        worker = member.worker = Worker(
             job.device,
             plan,
             mine,
@@ -159,33 +231,56 @@ def _work(channel: Channel, job: Job, pulse: Pulse) -> None:
             transport,
             barrier,
             pulse.progress,
-            pace,
+            [{int(node): seconds for node, seconds in phase.items()} for phase in job.pace],
             cache,
             begin,
             losses,
             phase_over,
             job.save,
+            snapshot,
+            commit,
+            None if job.fault is None else faults.trigger(job.fault, mailbox),
         )
+        member.snapshots = worker.snapshots
+        mailbox.check()
         worker.start()
-        enter(job.enter_computing)
-        moving = worker.rehearse()
-        gc.collect()
-        gc.freeze()  # what is there now stays: no need to look through it again and again
-        channel.send({"ready": True})
-        report = worker.run(channel.receive()["go"], moving)
+        if before is None:
+            enter(job.enter_computing)
+            moving = worker.rehearse()
+            gc.collect()
+            gc.freeze()  # what is there now stays: no need to look through it again and again
+        else:
+            moving = NOTHING_WATCHED
+        mailbox.send({"ready": True})
+        report = worker.run(mailbox.receive()["go"], moving)
         if job.save and workload.training:
             _save(shard, job)
         elif job.save and worker.answers:
             _save_answers(worker.answers, job)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        channel.send({"done": REPORT.dump_python(report, mode="json") | {"process_peak_bytes": peak}})
-        channel.receive()  # all others are done, too: nobody misses us
+        mailbox.send({"done": REPORT.dump_python(report, mode="json") | {"process_peak_bytes": peak}})
+        mailbox.receive()  # all others are done, too: nobody misses us
     finally:
-        transport.close()
         if cache is not None and job.cache is None:
             cache.clear()
         elif cache is not None:
             cache.close()
+
+
+def _snapshot(job: Job, member: _Member) -> Snapshot | None:
+    """The one that all go back to; None: they begin anew, or this is the first generation."""
+    trained = job.done.get("trained", 0)
+    found = next((snapshot for snapshot in member.snapshots if snapshot.trained == trained), None)
+    if found is None and job.restore:
+        raise Broken(f"{job.device} has no snapshot of round {trained}.")
+    return found
+
+
+def _restored(job: Job, plan: Plan, before: ModelShard, snapshot: Snapshot) -> ModelShard:
+    """The shard with what the device has of the snapshot, its own or another's. What is frozen is in the file."""
+    shard = restored(snapshot, job.restore, before, plan)
+    shard.complete(Path(job.folder) / WEIGHTS, plan.phases[0].live.get(job.device, ()))
+    return shard
 
 
 def _cache(job: Job, plan: Plan, workload: Workload, dataset: Dataset) -> ActivationCache:

@@ -89,6 +89,11 @@ def named(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from root.named_buffers()
 
 
+def absent(tensor: Tensor) -> bool:
+    """Whether the tensor has a shape and no content: it never had one, or it was let go."""
+    return tensor.is_meta or tensor.untyped_storage().nbytes() < tensor.nbytes
+
+
 def fill(tensor: Tensor, stored: Tensor) -> None:
     """Give a tensor on "meta" its content. It stays the object that all modules tied to it hold.
 

@@ -115,7 +115,8 @@ class Free:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """End of a round: once every device has reached it, the new weights are the ones to return to."""
+    """End of a round. In a phase that computes nothing: what every device has of a snapshot when all have reached it is
+    what a failure goes back to."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from harness.costs import Costs
-from harness.plan.actions import Action
+from harness.plan.actions import Action, Commit
 from harness.plan.values import Range, Tensor, Value
 
 
@@ -62,6 +62,11 @@ class Phase:
     def is_request(self) -> bool:
         """Whether an iteration is a request of its own, or begins one."""
         return not self.training and not self.decoding
+
+    @property
+    def commits(self) -> bool:
+        """Whether it begins when a snapshot is whole on all devices, which from then on counts."""
+        return not self.shards and any(isinstance(a, Commit) for actions in self.actions.values() for a in actions)
 
     @property
     def batch_size(self) -> int:

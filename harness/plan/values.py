@@ -10,7 +10,7 @@ Range = tuple[int, int]
 AXES = ("rows", "tokens", "width")
 
 #: What a tensor is to the memory ledger.
-KINDS = ("weights", "gradients", "optimizer", "activations", "buffers", "cache")
+KINDS = ("weights", "gradients", "optimizer", "activations", "buffers", "cache", "snapshots")
 
 
 class Value(NamedTuple):

@@ -6,7 +6,8 @@ Devices, MobiCom 2024. Its equations are known from independent re-implementatio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 from harness.cluster import Cluster
@@ -14,21 +15,112 @@ from harness.costs import Costs
 from harness.errors import OrreryError, Unsupported, unknown_name
 from harness.layer_tables import LayerTables
 from harness.plan import Plan
+from harness.recovery import Loss, Resumed, resumed, stages_of
+from harness.replication import replicated
 from harness.schedules import Stage, micro_batches
-from harness.search import Layout as Stages
+from harness.search import Layout as Layouts
 from harness.search import plan_pipeline
 from harness.workload import Workload
-from systems.asteroid.planner import Groups, Layout, Planner, searched
+from systems.asteroid.planner import Groups, Layout, Placed, Planner, searched
+from systems.asteroid.recovery import left, restorers, shifted, topology
 
+LIGHTWEIGHT, HEAVY = RECOVERIES = ("lightweight", "heavy")
 PAPER, EXACT, SEARCH = PLANNERS = ("paper", "exact", "search")
 #: `planner`: the "paper"'s dynamic program over devices in the order of their memory; the "exact" one, which finds the
 #: best for that order; or a "search" for the order, too. `offload`: stragglers give rows to faster devices (the second
 #: part of algorithm 1). `stages`: their number, instead of the best one.
-OPTIONS: dict[str, object] = {"micro_batch_size": None, "planner": PAPER, "offload": True, "stages": None}
+#: `replication_period`: rounds between two snapshots, which a run that goes on without a lost device needs; None: there
+#: are none. `recovery`: "lightweight" as in the paper, or "heavy": all is collected on one device, planned anew by the
+#: planner, and handed out.
+OPTIONS: dict[str, object] = {
+    "micro_batch_size": None,
+    "planner": PAPER,
+    "offload": True,
+    "stages": None,
+    "replication_period": None,
+    "recovery": LIGHTWEIGHT,
+}
 
 
 def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[str, object]) -> Plan:
     """The plan of least latency by equations 4 to 6, for the micro-batch size with which it simulates fastest."""
+    found, period = _planned(workload, costs, cluster, options), _period(options)
+    return found if period is None else replicated(found, topology(stages_of(found)), period)
+
+
+def replan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[str, object], loss: Loss) -> Resumed:
+    """The plan for what is left, on the devices that are left. Raises Broken where a part of the model is lost, and
+    OutOfMemory where it does not fit any more."""
+    names = tuple(device for device in cluster.names if device not in loss.devices)
+    rest = replace(cluster, devices=tuple(map(cluster.device, names)))
+    if loss.plan is None:
+        return Resumed(plan(workload, costs, rest, options), {})
+    before = stages_of(loss.plan)
+    backups = restorers(before, loss)
+    tables = LayerTables(costs, rest, workload.optimizer)
+    size = max(phase.micro_batches[0] for phase in loss.plan.phases if phase.shards)
+    found = None if options["recovery"] == HEAVY else _lightweight(tables, before, loss, size, workload)
+    if found is None:
+        found = _layouts(workload, costs, rest, options)(size)
+    period = _period(options)
+    assert period is not None, "a plan with snapshots has a period"
+    return resumed(
+        "asteroid",
+        workload,
+        costs,
+        loss,
+        found[0],
+        size,
+        found[1],
+        backups,
+        topology(found[0]),
+        period,
+        through=names[0] if options["recovery"] == HEAVY else None,
+    )
+
+
+def _lightweight(
+    tables: LayerTables, before: Sequence[Stage], loss: Loss, size: int, workload: Workload
+) -> tuple[list[Stage], list[int]] | None:
+    """The stages that are left with layers shifted between them, and how many micro-batches each keeps in flight; None
+    where they don't fit."""
+    number = tables.cluster.names.index
+    groups = [tuple(map(number, group)) for group in left(before, loss.devices)]
+    count = len(micro_batches(workload.batch_size, size))
+    maker = Groups(tables, size, count)
+    placed = [
+        maker.stage(layers, group, len(groups) - 1 - place)
+        for place, (layers, group) in enumerate(zip(shifted(tables, groups, size), groups, strict=True))
+    ]
+    fitting = [stage for stage in placed if stage is not None]
+    if len(fitting) < len(placed):
+        return None
+    return _stages(tables, fitting), _kept(fitting)
+
+
+def _period(options: Mapping[str, object]) -> int | None:
+    period = options["replication_period"]
+    if period is not None and (type(period) is not int or period < 1):
+        raise OrreryError(f"asteroid.replication_period is {period!r}; it must be a whole number of rounds, from 1 on.")
+    if options["recovery"] not in RECOVERIES:
+        raise unknown_name("value of asteroid.recovery", str(options["recovery"]), RECOVERIES)
+    return period
+
+
+def _planned(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[str, object]) -> Plan:
+    layout = _layouts(workload, costs, cluster, options)
+
+    def constant(size: int) -> Layouts:
+        stages, kept = layout(size)
+        return stages, lambda _: kept
+
+    return plan_pipeline("asteroid", workload, costs, cluster, constant, options)
+
+
+def _layouts(
+    workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[str, object]
+) -> Callable[[int], tuple[list[Stage], list[int]]]:
+    """For a size of micro-batch the stages of least latency, and how many micro-batches each keeps in flight."""
     planner, offload, stages = options["planner"], options["offload"], options["stages"]
     if planner not in PLANNERS:
         raise unknown_name("value of asteroid.planner", str(planner), PLANNERS)
@@ -44,7 +136,7 @@ def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[st
     tables = LayerTables(costs, cluster, workload.optimizer)
     roomy = LayerTables(costs, cluster, workload.optimizer, [float("inf")] * len(cluster.devices))
 
-    def layout(size: int) -> Stages:
+    def layout(size: int) -> tuple[list[Stage], list[int]]:
         count = len(micro_batches(workload.batch_size, size))
 
         def found(given: LayerTables) -> Layout | None:
@@ -56,15 +148,17 @@ def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[st
             raise Unsupported(
                 f"{tables.num_layers} layers don't make {stages} stages" if stages else "no stage can be made"
             )
-        kept = list(
-            accumulate((stage.in_flight for stage in best.stages), min)
-        )  # more than come from in front never are
-        return _stages(tables, best), lambda _: kept
+        return _stages(tables, best.stages), _kept(best.stages)
 
-    return plan_pipeline("asteroid", workload, costs, cluster, layout, options)
+    return layout
 
 
-def _stages(tables: LayerTables, layout: Layout) -> list[Stage]:
+def _kept(stages: Sequence[Placed]) -> list[int]:
+    """Micro-batches in flight: more than come from in front never are."""
+    return list(accumulate((stage.in_flight for stage in stages), min))
+
+
+def _stages(tables: LayerTables, layout: Sequence[Placed]) -> list[Stage]:
     """The layout as stages of the pipeline."""
     layers, names = tables.costs.layers, tables.cluster.names
     return [
@@ -73,5 +167,5 @@ def _stages(tables: LayerTables, layout: Layout) -> list[Stage]:
             tuple(names[device] for device in stage.devices),
             tuple(map(float, stage.rows)),
         )
-        for stage in layout.stages
+        for stage in layout
     ]

@@ -14,6 +14,7 @@ from itertools import accumulate
 from harness.cluster import Cluster
 from harness.costs import Costs
 from harness.errors import Unsupported
+from harness.moves import hand_out
 from harness.plan import Action, Free, Load, Phase, Plan, Recv, Send, Store, Value
 from harness.plan.values import Range
 from harness.schedules import Pipeline, Stage, micro_batches
@@ -74,8 +75,10 @@ def _cached(first: Plan, later: Workload, costs: Costs, cluster: Cluster, shares
     trained = list(_epochs(pipeline, later, size))
     epochs = {phase.batch_size: phase for phase in trained}
     moved = (_hand_out_cache(phase, epochs[phase.batch_size]) for phase in first.phases)
-    phases = (_hand_out_weights(first, trained[0]), *filter(None, moved), *trained)
-    return replace(first, tensors={**first.tensors, **pipeline.tensors}, phases=phases)
+    tensors = {**first.tensors, **pipeline.tensors}
+    # Each device gets the trained weights that it lacks, and their optimizer's state, and releases the frozen ones.
+    weights = hand_out("hand out weights", first.phases[-1].live, trained[0].live, tensors)
+    return replace(first, tensors=tensors, phases=(weights, *filter(None, moved), *trained))
 
 
 def _epochs(pipeline: Pipeline, workload: Workload, size: int) -> Iterator[Phase]:
@@ -88,34 +91,6 @@ def _epochs(pipeline: Pipeline, workload: Workload, size: int) -> Iterator[Phase
             batches = micro_batches(batch_size, size)
             made[batch_size, repeat] = pipeline.phase(batches, [1], "cached epoch", repeat)
         yield made[batch_size, repeat]
-
-
-def _hand_out_weights(first: Plan, after: Phase) -> Phase:
-    """Each device gets the trained weights that it lacks, and their optimizer's state, and releases the frozen ones."""
-    before = first.phases[-1]
-    holders: dict[Value, list[str]] = {}
-    for device, values in before.live.items():
-        for value in values:
-            holders.setdefault(value, []).append(device)
-    actions: dict[str, list[Action]] = {device: [] for device in before.live}
-    for number, (device, wanted) in enumerate(after.live.items()):
-        for value in wanted:
-            if device not in holders[value]:
-                source = holders[value][number % len(holders[value])]
-                actions[source].append(Send(value, device))
-                actions[device].append(Recv(value, source))
-    for device, values in before.live.items():
-        if gone := tuple(value for value in values if value not in after.live[device]):
-            actions[device].append(Free(gone))
-    return Phase(
-        name="hand out weights",
-        micro_batches=(),
-        shards={},
-        actions={device: tuple(listed) for device, listed in actions.items()},
-        live=before.live,
-        leaves=after.live,
-        training=False,
-    )
 
 
 def _hand_out_cache(before: Phase, after: Phase) -> Phase | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -84,6 +85,11 @@ class Machine:
             return self._answer()
         except Closed:
             raise OrreryError("The process that holds the emulated devices is gone. Run again.") from None
+
+    def kill(self, device: str) -> None:
+        """End a device's supervisor, and its worker with it, whatever state they are in."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pids[self._ranks[device]], signal.SIGKILL)
 
     def _answer(self) -> Message:
         if not ready([self._control], ANSWER_S):
