@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from harness.errors import OrreryError
-from harness.plan import Action, Combine, Compute, Phase, Send, Step
+from harness.plan import Action, Compute, Phase, Send, Step
 from harness.replication import REPLICATE
+from harness.trace import Event
 
 CRASH, HANG, CUT = KINDS = ("crash", "hang", "cut")
 #: Of a round: a pass, the sums of gradients over a group, the update; or the copying and sending of a snapshot.
 MOMENTS = ("forward", "backward", "all-reduce", "update", "replication")
+#: A device that is not heard of for so long is lost.
+SILENCE_S = 3.0
 _FAULT = re.compile(
     r"(?P<kind>\w+) (?P<device>\S+) at step (?P<step>\d+)(?: during (?P<during>[\w-]+)(?: (?P<number>\d+))?)?"
 )
@@ -49,6 +52,15 @@ class Fault:
         return bool(phase.shards) and (self.during is None or moment_of(action) == self.during)
 
 
+def moment_of_event(event: Event) -> str | None:
+    """The same of what a trace shows of an action."""
+    if event.kind in ("forward", "backward"):
+        return event.kind
+    if event.kind == "send" and ".v-" in event.label:  # negative versions are pieces of collectives
+        return "all-reduce"
+    return "update" if event.kind == "step" else None
+
+
 def moment_of(action: Action) -> str | None:
     """The moment of a round to which an action of the compute or sending queue belongs; None: another transfer."""
     match action:
@@ -58,8 +70,6 @@ def moment_of(action: Action) -> str | None:
             return "all-reduce"
         case Step():
             return "update"
-        case Combine():
-            return "update" if action.op == "square-sum" else None
         case _:
             return None
 

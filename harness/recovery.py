@@ -47,6 +47,26 @@ class Loss:
         return {name: tensor for name, tensor in self.plan.tensors.items() if tensor.kind == "snapshots"}
 
 
+@dataclass
+class Losses:
+    """What a run has lost since the snapshot that counts, and the plan that took it."""
+
+    series: int = 0
+    _plan: Plan | None = None
+    _began: int = 0
+    _trained: int = 0
+    _devices: tuple[str, ...] = ()
+
+    def another(self, device: str, plan: Plan, began: int, agreed: int | None) -> Loss:
+        """`device` is lost under `plan`, in front of which `began` rounds were over. `agreed`: the rounds of its last
+        snapshot; None: it has taken none yet, so that the run goes back to the one that it went back to before."""
+        if agreed is not None:
+            self._plan, self._began, self._trained, self._devices = plan, began, agreed, ()
+        self.series += 1
+        self._devices = (*self._devices, device)
+        return Loss(self._devices, self._plan, self._trained, self.series, self._began)
+
+
 @dataclass(frozen=True)
 class Resumed:
     """The plan for the rounds that are left. `restore`: of each device the values, as the plan of the snapshot names

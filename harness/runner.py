@@ -155,6 +155,22 @@ class Testbeds(contextlib.ExitStack):
         return self._open[1]
 
 
+def _check_faults(request: Request, plan: Plan) -> None:
+    """Refuse faults that nothing is known to be done about."""
+    method = request.method
+    if not request.faults:
+        return
+    if method.replan is None:
+        raise OrreryError(
+            f"{method.name} does not go on without a lost device, so that {str(request.faults[0])!r} would only end it."
+        )
+    if not any(phase.commits for phase in plan.phases):
+        raise OrreryError(
+            f"The plan of {method.name} takes no snapshots to go back to after {str(request.faults[0])!r}. "
+            f"Set {method.name}.replication_period to a number of rounds."
+        )
+
+
 def _replan(request: Request, costs: Costs) -> Callable[[Loss], Resumed] | None:
     """What the method does about a lost device, if anything."""
     method, cluster = request.method, request.testbed.cluster
@@ -214,6 +230,7 @@ class _Series:
         if self._planned is None:
             self._planned = self._plan()
         costs, plan = self._planned
+        _check_faults(request, plan)
         execute = testbeds.execute(request)
         first = not self.runs  # repeats train the same: to verify or evaluate one is to do it with all
         how = {

@@ -184,6 +184,7 @@ class Emulation:
         if recomputed := {report.device: report.recomputed for report in reports if report.recomputed}:
             about["recomputed_cache_entries"] = recomputed
         if rescue is not None:
+            rescue.check()
             plan, whole = rescue.last.plan, rescue.whole()
         found = replace(
             execution(plan, reports, workload.training, dilation),

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from harness.costs import Costs
 from harness.errors import Unsupported
+from harness.faults import Fault
 from harness.plan import Plan
+from harness.recovery import Loss, Resumed
 from harness.registry import Finding
 from harness.simulator import simulate
 from harness.trace import Trace
 from harness.workload import Workload
 from testbeds.library import Testbed
+from testbeds.simulation.recovery import run
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """The trace of a run that computed nothing, so that it has no losses."""
+    """The trace of a run that computed nothing, so that it has no losses. Of one that lost devices it is the trace of
+    what came after the last of them; all took `whole_s`."""
 
     trace: Trace
     losses: tuple[float, ...] = ()
@@ -27,8 +32,8 @@ class Simulation:
     dilation: float = 1.0
     emulation: None = None
     resumed_after_epoch: None = None
-    recoveries: tuple[()] = ()
-    whole_s: None = None
+    recoveries: Sequence[Mapping[str, Any]] = ()
+    whole_s: float | None = None
 
 
 @contextmanager
@@ -37,8 +42,18 @@ def opened(testbed: Testbed) -> Iterator[Callable[..., Simulation]]:
     if testbed.events:
         raise Unsupported(f"{testbed.name} has events on its links, which happen in mode emulated only")
 
-    def execute(plan: Plan, workload: Workload, costs: Costs, **how_for_real: object) -> Simulation:
-        return Simulation(simulate(plan, costs, testbed.cluster))
+    def execute(
+        plan: Plan,
+        workload: Workload,
+        costs: Costs,
+        faults: Sequence[Fault] = (),
+        replan: Callable[[Loss], Resumed] | None = None,
+        **how_for_real: object,
+    ) -> Simulation:
+        if not faults or replan is None:
+            return Simulation(simulate(plan, costs, testbed.cluster))
+        trace, recoveries, whole_s = run(plan, costs, testbed.cluster, faults, replan)
+        return Simulation(trace, recoveries=recoveries, whole_s=whole_s)
 
     yield execute
 

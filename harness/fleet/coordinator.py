@@ -13,12 +13,11 @@ from typing import Any, Protocol
 
 from harness.engine import DeviceReport
 from harness.errors import Broken, OrreryError, Unsupported
+from harness.faults import SILENCE_S
 from harness.fleet.channel import Channel, Closed, Message, ready
 from harness.fleet.job import REPORT, Job
 from harness.fleet.probe import ComputeProbe, LinkProbe
 
-#: A supervisor or worker that has not been heard of for so long is taken for hung.
-SILENCE_S = 3.0
 #: After the first bad news: how long the others have to tell theirs, which may be the cause.
 GRACE_S = 0.3
 #: How long a killed worker may take to be gone.

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
+import numpy as np
+
 from harness.cluster import Cluster
 from harness.costs import Costs
 from harness.errors import OrreryError, Unsupported, unknown_name
@@ -22,7 +24,7 @@ from harness.search import Layout as Layouts
 from harness.search import plan_pipeline
 from harness.workload import Workload
 from systems.asteroid.planner import Groups, Layout, Placed, Planner, searched
-from systems.asteroid.recovery import left, restorers, shifted, topology
+from systems.asteroid.recovery import groups_left, restorers, shifted, topology
 
 LIGHTWEIGHT, HEAVY = RECOVERIES = ("lightweight", "heavy")
 PAPER, EXACT, SEARCH = PLANNERS = ("paper", "exact", "search")
@@ -57,9 +59,8 @@ def replan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[
         return Resumed(plan(workload, costs, rest, options), {})
     before = stages_of(loss.plan)
     backups = restorers(before, loss)
-    tables = LayerTables(costs, rest, workload.optimizer)
     size = max(phase.micro_batches[0] for phase in loss.plan.phases if phase.shards)
-    found = None if options["recovery"] == HEAVY else _lightweight(tables, before, loss, size, workload)
+    found = None if options["recovery"] == HEAVY else _lightweight(workload, costs, cluster, rest, before, loss, size)
     if found is None:
         found = _layouts(workload, costs, rest, options)(size)
     period = _period(options)
@@ -80,22 +81,27 @@ def replan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[
 
 
 def _lightweight(
-    tables: LayerTables, before: Sequence[Stage], loss: Loss, size: int, workload: Workload
+    workload: Workload, costs: Costs, cluster: Cluster, rest: Cluster, before: Sequence[Stage], loss: Loss, size: int
 ) -> tuple[list[Stage], list[int]] | None:
-    """The stages that are left with layers shifted between them, and how many micro-batches each keeps in flight; None
+    """The stages that are left, with layers shifted between them, and how many micro-batches each keeps in flight; None
     where they don't fit."""
-    number = tables.cluster.names.index
-    groups = [tuple(map(number, group)) for group in left(before, loss.devices)]
-    count = len(micro_batches(workload.batch_size, size))
-    maker = Groups(tables, size, count)
+    tables = LayerTables(costs, cluster, workload.optimizer)
+    speed = dict(zip(cluster.names, tables.speeds, strict=True))
+    both = (tables.layer_seconds(device, size) for device in range(len(cluster.devices)))
+    work = np.mean([forward + backward for forward, backward in both], axis=0)
+    layer_of = {first: layer for layer, (first, _) in enumerate(costs.layers)} | {len(costs.units): len(costs.layers)}
+    of_stage = [float(work[layer_of[stage.units[1]]] - work[layer_of[stage.units[0]]]) for stage in before]
+    left = groups_left(before, loss.devices, speed, of_stage)
+    ranges = shifted(work, [wanted for _, wanted in left])
+    maker = Groups(LayerTables(costs, rest, workload.optimizer), size, len(micro_batches(workload.batch_size, size)))
     placed = [
-        maker.stage(layers, group, len(groups) - 1 - place)
-        for place, (layers, group) in enumerate(zip(shifted(tables, groups, size), groups, strict=True))
+        maker.stage(layers, tuple(map(rest.names.index, group)), len(left) - 1 - place)
+        for place, (layers, (group, _)) in enumerate(zip(ranges, left, strict=True))
     ]
     fitting = [stage for stage in placed if stage is not None]
     if len(fitting) < len(placed):
         return None
-    return _stages(tables, fitting), _kept(fitting)
+    return _stages(maker.tables, fitting), _kept(fitting)
 
 
 def _period(options: Mapping[str, object]) -> int | None:

@@ -3,20 +3,21 @@
 As re-implementations that agree have it (attributed to section 3.4): a stage of several devices holds replicas of
 itself; a stage of one device keeps a copy on the next stage, the last one on the first. After a failure layers move
 between neighbouring stages until their work is in proportion to the speed that is left, and only what moves travels.
+How much work is meant for a stage, and who takes the place of a stage that is lost, is this project's reading.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
-import numpy as np
-
 from harness.errors import Broken
-from harness.layer_tables import LayerTables
 from harness.plan.values import Range
 from harness.recovery import Loss
 from harness.schedules import Stage
+
+#: Groups of devices, in the order of their stages, with the work that is meant for each.
+Left = list[tuple[tuple[str, ...], float]]
 
 
 def topology(stages: Sequence[Stage]) -> dict[str, str]:
@@ -49,23 +50,48 @@ def restorers(stages: Sequence[Stage], loss: Loss) -> dict[Range, str]:
     return found
 
 
-def shifted(tables: LayerTables, groups: Sequence[Sequence[int]], rows: int) -> list[Range]:
-    """The layers of each group of devices, by number, in the order of the stages that they were: work in proportion to
-    the speed of the group, and at least one layer for each."""
-    speed = [sum(tables.speeds[device] for device in group) for group in groups]
-    devices = [device for group in groups for device in group]
-    both = (tables.layer_seconds(device, rows) for device in devices)
-    work = np.mean([forward + backward for forward, backward in both], axis=0)
+def groups_left(
+    stages: Sequence[Stage], lost: Sequence[str], speed: Mapping[str, float], work: Sequence[float]
+) -> Left:
+    """The groups that go on, each with the work that is meant for it, in proportion.
+
+    A group is what is left of a stage. Where nothing is left, the device with the copy takes its place if that leaves
+    its own group somebody; else the stage is merged with the one behind it, the last one with the one in front. Work is
+    that of the stage before, times the part of its speed that is left: so that what the planner has balanced stays so.
+
+    speed: of every device; work: of every stage.
+    """
+    groups = [[device for device in stage.devices if device not in lost] for stage in stages]
+    before = [sum(speed[device] for device in stage.devices) for stage in stages]
+    wanted = list(work)
+    for number in [number for number, group in enumerate(groups) if not group]:
+        following = (number + 1) % len(stages)
+        if len(groups[following]) > 1:
+            backup = stages[following].devices[0]
+            groups[following].remove(backup)
+            groups[number] = [backup]
+    alive = [number for number, group in enumerate(groups) if group]
+    for number in range(len(groups)):
+        if not groups[number]:
+            behind = [other for other in alive if other > number]
+            target = behind[0] if behind else alive[-1]
+            wanted[target] += wanted[number]
+            before[target] += before[number]
+    return [
+        (tuple(groups[number]), wanted[number] * sum(speed[device] for device in groups[number]) / before[number])
+        for number in alive
+    ]
+
+
+def shifted(work: Sequence[float], wanted: Sequence[float]) -> list[Range]:
+    """The layers of each stage: as near as layers allow to the `wanted` proportions, and at least one for each.
+
+    work: that of the first l layers, l = 0 ... L.
+    """
+    last = len(work) - 1
     cuts = [0]
-    for number, reached in enumerate(accumulate(speed[:-1]), start=1):
-        wanted = work[-1] * reached / sum(speed)
-        lowest, highest = cuts[-1] + 1, tables.num_layers - (len(groups) - number)
-        cuts.append(min(range(lowest, highest + 1), key=lambda cut: abs(work[cut] - wanted)))
-    return list(zip(cuts, (*cuts[1:], tables.num_layers), strict=True))
-
-
-def left(stages: Sequence[Stage], lost: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """The groups of the stages that still have a device."""
-    for stage in stages:
-        if group := tuple(device for device in stage.devices if device not in lost):
-            yield group
+    for number, reached in enumerate(accumulate(wanted[:-1]), start=1):
+        target = work[-1] * reached / sum(wanted)
+        lowest, highest = cuts[-1] + 1, last - (len(wanted) - number)
+        cuts.append(min(range(lowest, highest + 1), key=lambda cut: abs(work[cut] - target)))
+    return list(zip(cuts, (*cuts[1:], last), strict=True))

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.errors import OrreryError
+from harness.faults import SILENCE_S
 from harness.fleet.channel import Channel, Closed, Message, ready
-from harness.fleet.coordinator import SILENCE_S, Fleet
+from harness.fleet.coordinator import Fleet
 from testbeds.emulation import cgroups
 from testbeds.emulation.cgroups import Entrances
 

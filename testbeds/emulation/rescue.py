@@ -13,7 +13,7 @@ from harness.faults import CUT, Fault
 from harness.fleet.coordinator import Agreed, Lost
 from harness.fleet.job import Job
 from harness.plan import Phase, Plan
-from harness.recovery import Loss, Resumed
+from harness.recovery import Loss, Losses, Resumed
 
 Replan = Callable[[Loss], Resumed]
 
@@ -50,15 +50,16 @@ class Rescue:
 
     def __post_init__(self) -> None:
         self.generations.append(_Generation(self.plan, 0))
-        self._base: _Generation | None = None
+        self._losses = Losses()
+        self._struck: set[str] = set()
         self._agreed: Agreed | None = None
-        self._gone: tuple[str, ...] = ()
 
     # What the coordinator asks for
 
     def struck(self, device: str, at: float) -> bool:
         now = self.generations[-1]
         now.fault = next(f for f in self.faults if f.device == device)
+        self._struck.add(device)
         now.struck, now.rounds = at, now.fault.step
         if now.fault.kind != CUT:
             return False
@@ -71,17 +72,15 @@ class Rescue:
         now.detected, now.device = time.monotonic(), lost.device
         if now.fault is None or now.fault.device != lost.device:  # nobody made it happen
             now.fault, now.struck, now.rounds = None, now.detected, agreed.trained if agreed else now.began
-        if agreed is not self._agreed or self._base is None:
-            self._base, self._agreed, self._gone = now, agreed, self._gone if agreed is None else ()
-        self._gone = (*self._gone, lost.device)
+        newest = agreed.trained if agreed is not None and agreed is not self._agreed else None
+        self._agreed = agreed
         self.fence(lost.device)
-        snapshot = None if agreed is None else self._base.plan
-        trained = 0 if agreed is None else agreed.trained
+        loss = self._losses.another(lost.device, now.plan, now.began, newest)
         try:
-            found = self.replan(Loss(self._gone, snapshot, trained, len(self.generations), self._base.began))
+            found = self.replan(loss)
         except Broken as broken:
             raise Broken(f"{lost}. {broken}") from lost
-        self.generations.append(_Generation(found.plan, trained))
+        self.generations.append(_Generation(found.plan, loss.trained))
         made = self.jobs(found.plan, agreed, found.restore)
         now.replanned = time.monotonic()
         return made
@@ -90,6 +89,15 @@ class Rescue:
         self.generations[-1].go = time.monotonic()
 
     # What is left to say afterwards
+
+    def check(self) -> None:
+        """Raises Broken where a fault that was asked for has not happened."""
+        for fault in self.faults:
+            if fault.device not in self._struck:
+                raise Broken(
+                    f"The fault {str(fault)!r} never struck: the device has no such action then. Give another step, "
+                    "moment or number."
+                )
 
     @property
     def last(self) -> _Generation:

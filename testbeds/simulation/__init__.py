@@ -1,0 +1,1 @@
+"""What happens to devices in virtual time."""
