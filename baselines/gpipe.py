@@ -10,6 +10,8 @@ from harness.plan import Plan
 from harness.search import TIME, Layout, plan_pipeline, straight_stages
 from harness.workload import Workload
 
+#: cuts: by "time" on the device of each stage, by "mean-time" as if all devices were equal (torchgpipe's balancer knows
+#: one device only), or by number of "layers".
 OPTIONS: dict[str, object] = {"micro_batch_size": None, "cuts": TIME}
 
 

@@ -90,6 +90,35 @@ class LayerTables:
                 stays[x, y + 1], fixed[x, y + 1], per_row[x, y + 1] = standing, kept, kept_per_row
         return stays, fixed, per_row
 
+    def mean_seconds(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `layer_seconds`, on average over the devices: for planners that take them to be equal."""
+        each = [self.layer_seconds(device, rows) for device in range(len(self.devices))]
+        return np.mean([f for f, _ in each], axis=0), np.mean([b for _, b in each], axis=0)
+
+    def boundary_bytes(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes that cross the boundary in front of layer 0 ... L, forward and backward, for `rows` rows."""
+        starts = [*(first for first, _ in self.costs.layers), len(self.costs.units)]
+        crossing = [[self.costs.tensors[name] for name in self.costs.carried(start)] for start in starts]
+        return (
+            np.array([sum(t.bytes(rows) for t in tensors) for tensors in crossing], dtype=float),
+            np.array([sum(t.bytes(rows) for t in tensors if t.needs_grad) for tensors in crossing], dtype=float),
+        )
+
+    @cached_property
+    def weight_bytes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes of the weights of every range of layers [x, y), each once, and of those that are trained."""
+        count = self.num_layers + 1
+        held, trained = np.zeros((count, count)), np.zeros((count, count))
+        for x in range(self.num_layers):
+            seen: set[str] = set()
+            for y, layer in enumerate(self.costs.layers[x:], x):
+                new = [name for name in self.costs.parameters_of(*layer) if name not in seen]
+                seen.update(new)
+                costs = [self.costs.parameters[name] for name in new]
+                held[x, y + 1] = held[x, y] + sum(cost.bytes for cost in costs)
+                trained[x, y + 1] = trained[x, y] + sum(cost.bytes for cost in costs if cost.trainable)
+        return held, trained
+
     def bytes(self, rows: int, in_flight: int) -> np.ndarray:
         """m_d of every range of layers [x, y), with so many micro-batches of `rows` rows in flight."""
         stays, fixed, per_row = self.memory

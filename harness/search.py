@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import accumulate, pairwise
+
+import numpy as np
 
 from harness.cluster import Cluster
 from harness.costs import BACKWARD, FORWARD, Costs
@@ -15,10 +18,13 @@ from harness.simulator import estimate
 from harness.trace import Trace
 from harness.workload import OPTIMIZER_STATE_COPIES, Workload
 
-#: What straight stages are balanced by: the time of a pass, or the number of layers.
-TIME, LAYERS = CUTS = ("time", "layers")
+#: What straight stages are balanced by: the time of a pass on the device of each, that on the average device as if all
+#: were equal, or the number of layers.
+TIME, MEAN_TIME, LAYERS = CUTS = ("time", "mean-time", "layers")
 #: The stages, and the warm-up count of each for a number of micro-batches.
 Layout = tuple[Sequence[Stage], Callable[[int], Sequence[int]]]
+#: Layers [x, y), by number, and how many devices have them.
+Group = tuple[Range, int]
 
 
 def balanced_cuts(
@@ -31,12 +37,13 @@ def balanced_cuts(
 ) -> list[Range] | None:
     """Contiguous layer ranges, one per device in order, whose slowest pass is as fast as possible.
 
-    Exact: a dynamic program over (layers, devices) on the time of forward plus backward for `rows` rows; or, `by`
-    "layers", on the number of the model's own layers, as `blocks` has them. Given `memory(stage, first unit, last
-    unit)` in bytes, only stages that fit their device count; None when none do.
+    Exact: a dynamic program over (layers, devices) on the time of forward plus backward for `rows` rows; `by`
+    "mean-time", on its average over the cluster; or, `by` "layers", on the number of the model's own layers, as
+    `blocks` has them. Given `memory(stage, first unit, last unit)` in bytes, only stages that fit their device count;
+    None when none do.
     Returns unit ranges. Raises Unsupported with fewer layers than devices.
     """
-    layers = costs.layers if by == TIME else blocks(costs)
+    layers = blocks(costs) if by == LAYERS else costs.layers
     if len(layers) < len(devices):
         raise Unsupported(f"{len(devices)} stages need as many layers, and the model has {len(layers)}")
     edges = [layers[0][0], *(last for _, last in layers)]
@@ -47,14 +54,16 @@ def balanced_cuts(
     cut: list[list[int]] = []
     for stage, device in enumerate(devices):
         board = cluster.device(device)
+        timed = cluster.devices if by == MEAN_TIME else (board,)
         following, begins = [float("inf")] * (len(layers) + 1), [0] * (len(layers) + 1)
         for last in range(1, len(layers) + 1):
             better: list[tuple[float, int]] = [(float("inf"), 0)]  # the longer the last stage, the better
             for first in range(last - 1, -1, -1):
-                if by == TIME:
-                    load = sum(costs.seconds(board, edges[first], edges[last], d, rows) for d in directions)
+                if by == LAYERS:
+                    load = float(last - first)
                 else:
-                    load = last - first
+                    units = edges[first], edges[last]
+                    load = sum(costs.seconds(b, *units, d, rows) for b in timed for d in directions) / len(timed)
                 if max(slowest[first], load) < better[-1][0]:
                     better.append((max(slowest[first], load), first))
                 if load > better[-1][0]:
@@ -78,6 +87,51 @@ def balanced_cuts(
         ranges.append((edges[begins[last]], edges[last]))
         last = begins[last]
     return ranges[::-1]
+
+
+def balanced_groups(seconds: Callable[[int, int], np.ndarray], num_layers: int, num_devices: int) -> list[Group] | None:
+    """Layers [x, y) and number of devices of each stage, on all devices, whose slowest stage is as fast as possible.
+
+    Exact: a dynamic program over (layers, devices). `seconds(size, behind)[x, y]` is the time of the layers [x, y) as a
+    stage of `size` devices with `behind` devices in the stages behind it, infinite where it can't be one. Ties go to
+    the stage that begins first, then to the smaller one. None: no such stages can be.
+    """
+    # slowest[n, y]: best slowest stage for the first y layers on n devices; chosen[n, y]: where the last one begins and
+    # its size, as one number.
+    slowest = np.full((num_devices + 1, num_layers + 1), np.inf)
+    slowest[0, 0] = 0.0
+    chosen = np.zeros(slowest.shape, dtype=int)
+    for n in range(1, num_devices + 1):
+        stages = np.stack([seconds(size, num_devices - n) for size in range(1, n + 1)], axis=1)  # [x, size, y]
+        reached = np.maximum(slowest[:n][::-1].T[:, :, None], stages).reshape(-1, num_layers + 1)
+        chosen[n] = reached.argmin(axis=0)
+        slowest[n] = reached[chosen[n], np.arange(num_layers + 1)]
+    if slowest[num_devices, num_layers] == np.inf:
+        return None
+    found: list[Group] = []
+    n, last = num_devices, num_layers
+    while n:
+        first, size = divmod(int(chosen[n, last]), n)
+        found.append(((first, last), size + 1))
+        n, last = n - size - 1, first
+    return found[::-1]
+
+
+def grouped_stages(costs: Costs, cluster: Cluster, groups: Sequence[Group]) -> list[Stage]:
+    """One stage per group, on devices in rank order, which share the rows of each micro-batch equally."""
+    edges = [0, *accumulate(size for _, size in groups)]
+    return [
+        Stage((costs.layers[x][0], costs.layers[y - 1][1]), cluster.names[first:last], (1.0,) * (last - first))
+        for ((x, y), _), (first, last) in zip(groups, pairwise(edges), strict=True)
+    ]
+
+
+def too_few(rows: int, layers: int, devices: int) -> Unsupported:
+    """Why stages can't be made."""
+    return Unsupported(
+        f"micro-batches of {rows} rows and {layers} layers don't make stages of {devices} devices in all: each device "
+        "needs a row, and each stage a layer"
+    )
 
 
 def blocks(costs: Costs) -> list[Range]:

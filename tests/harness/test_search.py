@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baselines import eco_fl, eddl, gpipe, pipedream_1f1b, standalone
+from baselines import dapple, eco_fl, eddl, gpipe, pipedream, pipedream_1f1b, standalone
 from harness import profile
 from harness.costs import BACKWARD, FORWARD
 from harness.errors import OrreryError, OutOfMemory, Unsupported
@@ -17,7 +17,7 @@ from harness.plan import Collective, Combine, Free, Step, Tensor, Value
 from harness.plan.serial import to_json
 from harness.plan.validate import validate
 from harness.schedules import micro_batches, one_f_one_b, split
-from harness.search import LAYERS, balanced_cuts, overflow
+from harness.search import LAYERS, MEAN_TIME, balanced_cuts, overflow
 from harness.simulator import simulate
 from harness.workload import Workload
 from testbeds import library
@@ -26,17 +26,22 @@ from tests.harness.toys import chain, cluster
 WORKLOAD = Workload("toy", "toy", num_samples=32, batch_size=16)
 
 
-@given(
-    st.lists(st.integers(1, 9), min_size=1, max_size=7),
-    st.lists(st.sampled_from([0.5, 1.0, 3.0]), min_size=1, max_size=4),
-)
-def test_balanced_cuts_equal_brute_force(work, speeds):
+def weighing(work):
+    """Layers whose forward passes take `work` seconds per row."""
     costs = chain(len(work))
     units = [
         dataclasses.replace(unit, forward=unit.forward._replace(matmul=unit.forward.matmul._replace(per_row=w * 1e9)))
         for unit, w in zip(costs.units, work, strict=True)
     ]
-    costs = dataclasses.replace(costs, units=tuple(units))
+    return dataclasses.replace(costs, units=tuple(units))
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=7),
+    st.lists(st.sampled_from([0.5, 1.0, 3.0]), min_size=1, max_size=4),
+)
+def test_balanced_cuts_equal_brute_force(work, speeds):
+    costs = weighing(work)
     testbed = cluster(len(speeds), speeds=tuple(speeds))
 
     def slowest(edges):
@@ -78,6 +83,19 @@ def test_cuts_by_layers_count_neither_embedding_nor_head(layers, devices, embedd
     assert min(counts) >= 1 and max(counts) == -(-layers // devices)
 
 
+@given(st.lists(st.integers(1, 9), min_size=3, max_size=7), st.lists(st.sampled_from([0.5, 1.0, 3.0]), min_size=3))
+def test_cuts_by_mean_time_take_devices_to_be_equal(work, speeds):
+    """The slowest of equal devices is as fast with them as with its own, whatever the speeds that they are made for."""
+    costs = weighing(work)
+    equal, unequal = cluster(3), cluster(3, speeds=tuple(speeds[:3]))
+    blind, own = (
+        balanced_cuts(costs, unequal, unequal.names, 1, by=MEAN_TIME),
+        balanced_cuts(costs, equal, equal.names, 1),
+    )
+    slowest = [max(sum(work[a:b]) + 2 * (b - a) for a, b in cuts) for cuts in (blind, own)]
+    assert slowest[0] == slowest[1]
+
+
 @pytest.mark.parametrize("method", [gpipe, eco_fl])
 def test_equally_many_layers_of_an_encoder_and_a_decoder(method):
     """T5-Base on eight devices: three layers each, an embedding with the first of either stack, the head at the end."""
@@ -112,7 +130,7 @@ def test_micro_batches_take_what_is_left():
         micro_batches(4, 0)
 
 
-@pytest.mark.parametrize("method", [standalone, eddl, gpipe, pipedream_1f1b])
+@pytest.mark.parametrize("method", [standalone, eddl, gpipe, pipedream_1f1b, pipedream, dapple])
 def test_a_tight_budget_gives_smaller_micro_batches_and_then_out_of_memory(method):
     costs = chain(8, parameters=10)
     roomy = cluster(4)
@@ -126,7 +144,7 @@ def test_a_tight_budget_gives_smaller_micro_batches_and_then_out_of_memory(metho
         method.plan(WORKLOAD, costs, cluster(4, memory_bytes=100), method.OPTIONS)
 
 
-@pytest.mark.parametrize("method", [standalone, eddl, gpipe, pipedream_1f1b])
+@pytest.mark.parametrize("method", [standalone, eddl, gpipe, pipedream_1f1b, pipedream, dapple])
 def test_every_method_clips_where_the_workload_says_so(method):
     """And is otherwise the same plan: the norm, its ring, and what reads and frees it are all that is added."""
     costs, testbed = chain(8), cluster(4)
@@ -178,12 +196,7 @@ def test_a_micro_batch_larger_than_the_batch_is_refused():
 )
 def test_cuts_under_a_memory_budget_equal_brute_force(work, budgets):
     """Each layer weighs as much as it computes; a device holds `budget` of that."""
-    costs = chain(len(work))
-    units = [
-        dataclasses.replace(unit, forward=unit.forward._replace(matmul=unit.forward.matmul._replace(per_row=w * 1e9)))
-        for unit, w in zip(costs.units, work, strict=True)
-    ]
-    costs = dataclasses.replace(costs, units=tuple(units))
+    costs = weighing(work)
     testbed = cluster(len(budgets))
     boards = tuple(dataclasses.replace(d, memory_bytes=b) for d, b in zip(testbed.devices, budgets, strict=True))
     testbed = dataclasses.replace(testbed, devices=boards)
