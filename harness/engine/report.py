@@ -45,8 +45,11 @@ class PhaseMemory:
 
 
 def watched_phases(plan: Plan) -> list[int]:
-    """The places of the phases whose memory is watched: the first, and the first that reads a cache, or decodes."""
-    return sorted({0, *[number for number, phase in enumerate(plan.phases) if phase.cached or phase.decoding][:1]})
+    """The places of the phases whose memory is watched: the first that computes, and of those the first that reads a
+    cache, or decodes."""
+    computing = [number for number, phase in enumerate(plan.phases) if phase.shards]
+    others = [number for number in computing if plan.phases[number].cached or plan.phases[number].decoding]
+    return sorted({*computing[:1], *others[:1]})
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,8 @@ class Worker:
             self.transport.start(self)
 
     def rehearse(self) -> dict[str, int]:
-        """The first iteration without its update, watched: most bytes made at once, all together and by kind.
+        """The first iteration that computes, without its update, watched: most bytes made at once, all together and by
+        kind.
 
         All devices rehearse together, once more without being watched, for memory is taken in another order then. It
         warms everything up, and everything that it changes is put back. Raises OrreryError for a paced device that is
@@ -181,12 +182,13 @@ class Worker:
         """
         buffers = [buffer.clone() for buffer in self.shard.buffers()]
         self._tracker = tracker = Tracker()
-        program, (ids, moved) = self.programs[0], self._samples()
-        mine = (ids if program.phase.shards else moved).next() if program.phase.micro_batches else ()
+        first = watched_phases(self.plan)[0]
+        program, (ids, _) = self.programs[first], self._samples()
+        mine = ids.next()
         for number in range(REHEARSALS):
             self._prefetch(program, mine, ())
             with self._tracker or nullcontext():
-                iteration = self._iteration(number, 0, 0, -1, mine, {}, rehearsal=True)
+                iteration = self._iteration(number, first, 0, -1, mine, {}, rehearsal=True)
                 self._run(iteration)
             self._finish(iteration)
             iteration.values.clear()
@@ -234,7 +236,7 @@ class Worker:
         for place, program in enumerate(self.programs):
             phase = program.phase
             computes, last = bool(phase.shards), phase.repeat - 1
-            if place > 0 and place in watched:
+            if place in watched[1:]:
                 memory.append(self._watched(number, place, mine if phase.decoding else ids.peek(), carried, token))
                 number += 1
                 self.barrier()  # who has nothing to do here would begin while others still rehearse
@@ -262,8 +264,8 @@ class Worker:
                 spans.append((began - origin, time.perf_counter() - origin))
                 self.progress(number)
             phases.append(PhaseTimes(tuple(spans), sum(self._sent.values()) - sent))
-            if not memory:
-                memory.append(PhaseMemory(self.shard.standing_bytes(), moving))
+            if place == watched[0]:
+                memory.append(PhaseMemory(self._standing(carried), moving))
             if place + 1 < len(self.programs):
                 self._hand_over(phase, self.programs[place + 1].phase, carried, len(losses))
                 self.phase_over(place, losses)
@@ -308,10 +310,16 @@ class Worker:
         self._tracker = None
         self._loss, events, self._busy, self._sent, self._late_s = kept
         del self._events[events:]
-        tensors = self.plan.tensors
-        cache = sum(self.plan.bytes(value) for value in carried if tensors[value.name].kind == "cache")
-        standing = self.shard.standing_bytes() | ({"cache": cache} if cache else {})
-        return PhaseMemory(standing, self._moved(tracker, program))
+        return PhaseMemory(self._standing(carried), self._moved(tracker, program))
+
+    def _standing(self, carried: Mapping[Value, Payload]) -> dict[str, int]:
+        """Bytes by kind that stay from iteration to iteration: the shard's, and carried values beside it."""
+        found = self.shard.standing_bytes()
+        for value in carried:
+            kind = self.plan.tensors[value.name].kind
+            if kind in ("cache", "snapshots"):
+                found[kind] = found.get(kind, 0) + self.plan.bytes(value)
+        return found
 
     def stop(self) -> None:
         """End the threads, whatever they wait for. Idempotent."""

@@ -1,0 +1,85 @@
+"""Devices that crash or hang, for real: the others go on, and what is trained is what no failure leaves.
+
+Of the grid of faults a seeded dozen runs always, the
+rest with the slow tests.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from harness import runner
+from harness.engine import Execution
+from harness.errors import Broken, OrreryError
+from harness.experiment import one
+from harness.faults import CRASH, HANG
+from systems import asteroid
+from testbeds import emulated, library
+from tests.testbeds.faults import ASKED, Bed, check, grid, marked, opened
+from tests.testbeds.processes import nothing_left, own_folders
+
+__all__ = ["own_folders"]
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc"),
+    pytest.mark.usefixtures("own_folders"),
+]
+
+
+@pytest.fixture(scope="module")
+def bed(own_folders: Path) -> Iterator[Bed]:
+    with nothing_left(own_folders), emulated.opened(library.load("local-4")) as execute:
+        yield opened("local-4", execute)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(bed: Bed) -> Execution:
+    found = bed.run()
+    assert not found.recoveries and found.max_rel_error is not None and found.max_rel_error < 1e-5
+    return found
+
+
+@pytest.mark.parametrize("fault", marked(grid((CRASH, HANG)), 9))
+def test_the_others_go_on(fault: str, bed: Bed, undisturbed: Execution) -> None:
+    check(bed.run(fault), undisturbed, fault)
+
+
+def test_two_are_lost_one_after_the_other(bed: Bed, undisturbed: Execution) -> None:
+    found = bed.run("crash device1 at step 4; crash device3 at step 8 during backward")
+    first, second = found.recoveries
+    assert (first["back_to_round"], second["back_to_round"]) == (3, 6)
+    assert found.max_rel_error is not None and found.max_rel_error < 1e-5
+    assert found.losses == pytest.approx(undisturbed.losses, rel=1e-5)
+
+
+def test_a_second_one_is_lost_before_there_is_another_snapshot(bed: Bed, undisturbed: Execution) -> None:
+    found = bed.run("crash device0 at step 4; crash device2 at step 5")
+    assert [recovery["back_to_round"] for recovery in found.recoveries] == [3, 3]
+    assert found.max_rel_error is not None and found.max_rel_error < 1e-5
+    assert found.losses == pytest.approx(undisturbed.losses, rel=1e-5)
+
+
+def test_heavy_rescheduling_ends_with_the_same(bed: Bed, undisturbed: Execution) -> None:
+    fault = "crash device3 at step 7"
+    check(bed.run(fault, asteroid.HEAVY), undisturbed, fault)
+
+
+def test_without_the_only_copy_the_run_ends_and_says_so(bed: Bed) -> None:
+    with pytest.raises(Broken, match=r"had the only copy of what units 0 to \d+ have learned.*snapshot was of round 3"):
+        bed.run("crash device1 at step 4; crash device0 at step 5")
+
+
+def test_a_fault_that_never_strikes_is_no_success(bed: Bed) -> None:
+    with pytest.raises(Broken, match="never struck"):
+        bed.run("crash device0 at step 3 during all-reduce")
+
+
+def test_faults_are_for_plans_that_can_go_on() -> None:
+    for asked, reason in (({"method": "gpipe"}, "does not go on without"), ({}, "Set asteroid.replication_period")):
+        request = one({**ASKED, **asked, "testbed": "local-4", "inject": "crash device1 at step 4"}, {})
+        with pytest.raises(OrreryError, match=reason):
+            runner.run(request)
