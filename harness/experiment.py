@@ -135,7 +135,7 @@ class Request:
     def __str__(self) -> str:
         w = self.workload
         what = f"{self.method.name} · {w.model} · {w.technique} · {w.dataset} · batch {w.batch_size}"
-        return f"{what} · {self.testbed.name} · {self.mode}"
+        return " · ".join((what, self.testbed.name, self.mode, *map(str, self.faults)))
 
 
 def read(path: Path) -> list[Request]:

@@ -74,10 +74,12 @@ class Recovery(Part):
     detect_s: float = Field(description="from the failure until it was known")
     replan_s: float | None = Field(description="of planning; null in virtual time: `planning_time_s` has it")
     regroup_s: float = Field(description="until the devices that are left were connected anew")
-    transfer_s: float = Field(description="until each had what it needs")
-    replay_s: float = Field(description="of the rounds since the snapshot")
-    first_step_s: float = Field(description="of the round in which it happened, done again")
-    moved_bytes: int
+    transfer_s: float | None = Field(
+        description="until each had what it needs; this and what follows null where another failure came before"
+    )
+    replay_s: float | None = Field(description="of the rounds since the snapshot")
+    first_step_s: float | None = Field(description="of the round in which it happened, done again")
+    moved_bytes: int | None
     throughput_before_samples_per_s: float | None = Field(description="null where no round was over")
     throughput_after_samples_per_s: float | None = Field(description="null where no round is left")
 
@@ -145,6 +147,7 @@ class Record(Part):
     testbed: str
     mode: str
     num_devices: int
+    inject: str | None = Field(default=None, description="what was made to happen to devices")
     dilation: float = Field(default=1.0, description="emulated: every rate was divided by it, times are divided back")
 
     status: Status

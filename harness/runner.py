@@ -460,6 +460,7 @@ def _record(request: Request, found: dict[str, Any]) -> Record:
         testbed=testbed.name,
         mode=request.mode,
         num_devices=len(testbed.cluster.devices),
+        inject="; ".join(map(str, request.faults)) or None,
         provenance=origin,
         **found,
     )

@@ -23,6 +23,7 @@ from results import (
     papers,
     quality,
     rates,
+    recovery,
     scaling,
     scores,
     tables,
@@ -63,7 +64,8 @@ def _write(path: Path, text: str) -> None:
 
 
 def _blocks(records: Sequence[Record], folder: Path) -> Iterator[Block]:
-    found = settings(records)
+    lost = recovery.members(records)
+    found = settings([record for record in records if record.inject is None])
     yield Text(_summary(records))
     yield Bullets(tuple(f"{setting.title}: {_summary(setting.records)}" for setting in found))
     compared = [compare(setting) for setting in found]
@@ -76,7 +78,10 @@ def _blocks(records: Sequence[Record], folder: Path) -> Iterator[Block]:
     yield from _agreement(found, folder)
     yield from _quality(records)
     yield from _latency(records)
-    yield from _origin([record for setting in found for record in setting.records])
+    if recovered := list(recovery.tables(lost)):
+        yield Heading(2, "Devices that were lost")
+        yield from recovered
+    yield from _origin([*(record for setting in found for record in setting.records), *lost])
 
 
 def _summary(records: Sequence[Record]) -> str:

@@ -15,6 +15,8 @@ from harness.fleet.job import Job
 from harness.plan import Phase, Plan
 from harness.recovery import Loss, Losses, Resumed
 
+#: What is known of a recovery that no other failure interrupts.
+LATER = ("transfer_s", "replay_s", "first_step_s", "throughput_after_samples_per_s")
 Replan = Callable[[Loss], Resumed]
 
 
@@ -155,7 +157,7 @@ def _recovery(
     rounds = before.rounds - before.began
     found["throughput_before_samples_per_s"] = rounds * size / passed if rounds > 0 else None
     if not reports:  # it was interrupted by the next failure
-        return found | dict.fromkeys(("transfer_s", "replay_s", "first_step_s", "moved_bytes"))
+        return {**found, **dict.fromkeys((*LATER, "moved_bytes"))}
     ends: list[float] = []
     begin = transferred = 0.0
     moved = trained = 0

@@ -1,0 +1,124 @@
+"""How long devices took to go on without one that was lost, and lightweight beside heavy recovery.
+
+Recovery is what lies between the moment when the loss is known and the first round on the new plan: planning,
+regrouping and transfers. Detection is apart: it measures a timeout. With the rounds since the snapshot, done again, and
+the round in which it happened, the run is where it would have been.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from statistics import median
+
+import pandas as pd
+
+from harness.records import Record, Recovery
+from results.tables import Table, significant
+
+HEAVY, LIGHTWEIGHT = "heavy", "lightweight"
+SECONDS = {
+    "detect, s": "detect_s",
+    "plan, s": "replan_s",
+    "regroup, s": "regroup_s",
+    "transfer, s": "transfer_s",
+    "replay, s": "replay_s",
+    "first round, s": "first_step_s",
+}
+RATES = {
+    "samples/s before": "throughput_before_samples_per_s",
+    "samples/s after": "throughput_after_samples_per_s",
+}
+
+
+def members(records: Sequence[Record]) -> list[Record]:
+    """The runs in which devices were lost."""
+    return [record for record in records if record.inject is not None]
+
+
+def took_s(recovery: Recovery) -> float | None:
+    """Planning, regrouping and transfers; None where the next failure came before they were over."""
+    if recovery.transfer_s is None:
+        return None
+    return (recovery.replan_s or 0.0) + recovery.regroup_s + recovery.transfer_s
+
+
+def caught_up_s(recovery: Recovery) -> float | None:
+    """From the moment when the loss is known until the round in which it happened is over."""
+    took = took_s(recovery)
+    if took is None or recovery.replay_s is None or recovery.first_step_s is None:
+        return None
+    return took + recovery.replay_s + recovery.first_step_s
+
+
+def tables(records: Sequence[Record]) -> Iterator[Table]:
+    """Every recovery of runs that went on, and where both kinds were run on the same failures, their ratio."""
+    runs = [record for record in members(records) if record.recovery]
+    if not runs:
+        return
+    rows = [_row(run, recovery) for run in runs for recovery in run.recovery or ()]
+    numbers = dict.fromkeys((*SECONDS, *RATES, "recovery, s", "caught up, s", "moved, MB"), significant)
+    notes = (
+        "Recovery: planning, regrouping and transfers. Caught up: with the rounds that are done again, too. In virtual "
+        "time planning takes none.",
+    )
+    yield Table("recovery", "Devices that were lost, and how runs went on", pd.DataFrame(rows), numbers, 5, notes)
+    ratios = list(_ratios(runs))
+    if ratios:
+        title = f"How many times as long {HEAVY} recovery takes as {LIGHTWEIGHT}"
+        columns = dict.fromkeys(("median", "least", "most"), "{:.3g}x".format)
+        notes = (
+            "Where nothing has to move, lightweight recovery is but new connections, and in virtual time no plan.",
+        )
+        yield Table("recovery-ratios", title, pd.DataFrame(ratios), columns | {"failures": "{:.0f}".format}, 4, notes)
+
+
+def _row(run: Record, recovery: Recovery) -> dict[str, object]:
+    return {
+        "model": run.model,
+        "testbed": run.testbed,
+        "mode": run.mode,
+        "failure": recovery.fault,
+        "recovery": _how(run),
+        **{column: getattr(recovery, field) for column, field in SECONDS.items()},
+        "recovery, s": took_s(recovery),
+        "caught up, s": caught_up_s(recovery),
+        "moved, MB": None if recovery.moved_bytes is None else recovery.moved_bytes / 1e6,
+        **{column: getattr(recovery, field) for column, field in RATES.items()},
+    }
+
+
+def _how(run: Record) -> str:
+    """The kind of recovery, as the method's option of that name has it."""
+    return str(run.method_options.get("recovery", run.method))
+
+
+def _ratios(runs: Sequence[Record]) -> Iterator[dict[str, object]]:
+    """Of each model on each testbed in each mode, over the failures that both kinds of recovery were run on."""
+    found: dict[tuple[str, str, str], dict[str, dict[str, Record]]] = {}
+    for run in runs:
+        failures = found.setdefault((run.model, run.testbed, run.mode), {})
+        failures.setdefault(run.inject or "", {})[_how(run)] = run
+    for (model, testbed, mode), failures in found.items():
+        for what, seconds in (("recovery", took_s), ("caught up", caught_up_s)):
+            ratios = []
+            for kinds in failures.values():
+                heavy, light = (_total(kinds.get(kind), seconds) for kind in (HEAVY, LIGHTWEIGHT))
+                if heavy is not None and light is not None:
+                    ratios.append(heavy / light)
+            if ratios:
+                about = {"model": model, "testbed": testbed, "mode": mode, "of": what, "failures": len(ratios)}
+                yield about | {"median": median(ratios), "least": min(ratios), "most": max(ratios)}
+
+
+def _total(run: Record | None, seconds: Callable[[Recovery], float | None]) -> float | None:
+    """Over all recoveries of the run; None where one of them is not known."""
+    if run is None:
+        return None
+    each = [seconds(recovery) for recovery in run.recovery or ()]
+    known = [found for found in each if found is not None]
+    return sum(known) if len(known) == len(each) else None
+
+
+def text(records: Sequence[Record]) -> str:
+    """The tables for a terminal; empty where no device was lost."""
+    return "\n\n".join(table.text() for table in tables(records))
