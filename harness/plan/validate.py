@@ -70,7 +70,7 @@ def _check_succession(before: Phase, after: Phase) -> None:
 
 def _check_passes(phase: Phase, costs: Costs) -> None:
     """Forward passes tile (unit x micro-batch x rows x tokens x width), replicas aside; no pass runs twice on a device,
-    no backward before its forward."""
+    no backward before its forward, or with other weights."""
     forward: dict[int, list[Compute]] = defaultdict(list)
     for device, shard in phase.shards.items():
         if device not in phase.actions:
@@ -83,7 +83,7 @@ def _check_passes(phase: Phase, costs: Costs) -> None:
         live = Counter(value.name for value in phase.live.get(device, ()))
         if twice := [name for name, count in live.items() if count > 1]:
             raise InvalidPlan(f"phase {phase.name!r}: {device} begins with two values of {twice[0]}")
-        done: set[tuple[object, ...]] = set()
+        done: dict[tuple[object, ...], Compute] = {}
         for action in actions:
             if not isinstance(action, Compute):
                 continue
@@ -94,12 +94,16 @@ def _check_passes(phase: Phase, costs: Costs) -> None:
             key = (action.units, action.micro_batch, action.rows, action.tokens, action.width)
             if (action.direction, *key) in done:
                 raise InvalidPlan(f"{where}: computed {action.direction} twice")
-            done.add((action.direction, *key))
+            done[action.direction, *key] = action
             if action.direction == FORWARD:
                 if not action.replica:
                     forward[action.micro_batch].append(action)
-            elif (FORWARD, *key) not in done:
+                continue
+            before = done.get((FORWARD, *key))
+            if before is None:
                 raise InvalidPlan(f"{where}: backward without a forward before it")
+            if others := set(action.weights) - set(before.weights):
+                raise InvalidPlan(f"{where}: backward with {min(others, key=str)}, and the forward before it was with others")
     for m, rows in enumerate(phase.micro_batches):
         edges = sorted({0, len(costs.units), *(edge for action in forward[m] for edge in action.units)})
         for first, last in pairwise(edges):

@@ -1,0 +1,164 @@
+"""Pipelines that don't wait for their updates: PipeDream's weight stashing (SOSP 2019, sections 3.2 and 3.3).
+
+Mini-batches follow each other down the pipeline, whole, and each has an update of its own at every stage. A forward pass
+takes the newest weights of its stage; its backward pass takes the same ones, which the stage keeps until then. A stage
+that has k mini-batches in flight computes with weights that lack the updates of the k - 1 before, and keeps k versions.
+
+Our phases begin and end with an empty pipeline, so mini-batches come in rounds, between which it drains. The rows of a
+mini-batch are shared among the replicas of a stage, whose gradients are summed before each update; PipeDream's replicas
+take whole mini-batches in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from harness.costs import FORWARD
+from harness.errors import Unsupported
+from harness.plan import Action, Collective, Combine, Commit, Free, Phase, Step, Value
+from harness.plan.values import Range
+from harness.schedules import Pipeline, StageWorker, in_flight, next_version, one_f_one_b, state_of
+from harness.workload import Workload
+
+
+@dataclass(frozen=True)
+class StashingPipeline(Pipeline):
+    """Stages in order; every micro-batch is a mini-batch with an update of its own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.costs.training:
+            raise Unsupported("weights are stashed between updates, and inference has none")
+        if self.clip:
+            raise Unsupported(
+                "the norm of all gradients is known when the first stage has its own, and later stages update before. "
+                "Leave clip_norm away"
+            )
+
+    @property
+    def worker(self) -> type[StageWorker]:
+        return _StashingWorker
+
+    def phase(self, batches: Sequence[int], warmup: Sequence[int], name: str = "train", repeat: int = 1) -> Phase:
+        """One round of mini-batches of these row counts; stage p keeps warmup[p] of them in flight."""
+        return replace(super().phase(batches, warmup, name, repeat), mini_batches=True)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Weights that are updated together with all copies of them, `lag` mini-batches behind this stage's own passes.
+
+    Tied weights are updated when the first stage that holds them has its gradient, which is the last to have it. Later
+    stages are `lag` mini-batches ahead of it, so that all copies have the same versions for the same mini-batch.
+    """
+
+    weights: Value
+    state: tuple[Value, ...]
+    gradient: Value
+    devices: tuple[str, ...]
+    lag: int
+
+
+class _StashingWorker(StageWorker):
+    def __init__(
+        self, pipeline: Pipeline, p: int, i: int, rows: tuple[Range, ...], batches: tuple[int, ...]
+    ) -> None:
+        super().__init__(pipeline, p, i, rows, batches)
+        self.newest: dict[Value, int] = dict.fromkeys(self.weights, 0)
+        self.began: dict[int, tuple[Value, ...]] = {}
+
+    def iteration(self, warmup: Sequence[int]) -> Iterator[Action]:
+        count = len(self.rows)
+        groups = self._groups([in_flight(ahead, count) for ahead in warmup])
+        for direction, m in one_f_one_b(warmup[self.p], count):
+            if not self._active(m):
+                pass
+            elif direction == FORWARD:
+                self.began[m] = tuple(value._replace(version=v) for value, v in self.newest.items())
+                yield from self._forward(m)
+            else:
+                yield from self._backward(m)
+                yield from self._let_go(m)
+            if direction != FORWARD:
+                yield from self._updates(groups, m)
+        for m in range(count, count + max((group.lag for group in groups), default=0)):
+            yield from self._updates(groups, m)
+        yield Commit()
+
+    def _groups(self, ahead: Sequence[int]) -> list[_Group]:
+        """ahead[p]: how many mini-batches stage p has in flight."""
+        stage_of = {device: p for p, stage in enumerate(self.pipeline.stages) for device in stage.devices}
+        return [
+            _Group(
+                weights,
+                tuple(value for value in self.state if value.name == state_of(weights.name)),
+                gradient,
+                devices,
+                ahead[stage_of[devices[0]]] - ahead[self.p],
+            )
+            for weights, (gradient, devices) in zip(self.trained, self.gradients, strict=True)
+        ]
+
+    def _weights(self, m: int) -> tuple[Value, ...]:
+        return self.began[m]
+
+    def _gradients(self, m: int) -> tuple[Value, ...]:
+        return tuple(value._replace(micro_batch=m) for value, _ in self.gradients)
+
+    def _let_go(self, m: int) -> Iterator[Action]:
+        """Of the weights of mini-batch m those that nobody needs any more."""
+        mine = self.began.pop(m)
+        needed = {value for weights in self.began.values() for value in weights}
+        needed.update(value._replace(version=version) for value, version in self.newest.items())
+        if spent := tuple(value for value in mine if value not in needed):
+            yield Free(spent)
+
+    def _updates(self, groups: Sequence[_Group], m: int) -> Iterator[Action]:
+        """The updates that are due after the backward pass of mini-batch m."""
+        for lag in sorted({group.lag for group in groups}):
+            if 0 <= m - lag < len(self.rows):
+                yield from self._step([group for group in groups if group.lag == lag], m - lag)
+
+    def _step(self, groups: Sequence[_Group], m: int) -> Iterator[Action]:
+        """The update of mini-batch m."""
+        summed: list[Value] = []
+        for group in groups:
+            gradient = group.gradient._replace(micro_batch=m)
+            if not self._active(m):
+                yield Combine("sum", (), gradient)
+            if len(group.devices) > 1:
+                yield Collective("all-reduce", gradient, next_version(gradient), group.devices)
+                gradient = next_version(gradient)
+            summed.append(gradient)
+        needed = {value for weights in self.began.values() for value in weights}
+        weights = tuple(group.weights._replace(version=m) for group in groups)
+        reads = weights + tuple(value._replace(version=m) for group in groups for value in group.state)
+        kept = tuple(value for value in weights if value in needed)
+        yield Step(self.stage.units, tuple(summed), reads, tuple(map(next_version, reads)), kept=kept)
+        yield Free(tuple(summed))
+        self.newest.update((group.weights, m + 1) for group in groups)
+
+
+def rounds(workload: Workload, most: int, first: int) -> list[tuple[tuple[int, ...], int]]:
+    """The run as (rows of each mini-batch, repeat) in order: rounds of at most `most` mini-batches, none across epochs.
+
+    The run begins with one of `first` mini-batches, because before the clock starts the first round is rehearsed. The
+    smaller last mini-batch of an epoch joins a round that has room.
+    """
+    found: list[tuple[tuple[int, ...], int]] = []
+    for size, repeat in workload.batches():
+        if size < workload.batch_size:
+            batches, times = found[-1]
+            if times == 1 and len(batches) < most:
+                found[-1] = (*batches, size), 1
+            else:
+                found.append(((size,), repeat))
+            continue
+        if not found:
+            head = min(first, most, repeat)
+            found.append(((size,) * head, 1))
+            repeat -= head
+        whole, rest = divmod(repeat, most)
+        found += [((size,) * count, times) for count, times in ((most, whole), (rest, 1)) if count and times]
+    return found
