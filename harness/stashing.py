@@ -1,8 +1,8 @@
 """Pipelines that don't wait for their updates: PipeDream's weight stashing (SOSP 2019, sections 3.2 and 3.3).
 
-Mini-batches follow each other down the pipeline, whole, and each has an update of its own at every stage. A forward pass
-takes the newest weights of its stage; its backward pass takes the same ones, which the stage keeps until then. A stage
-that has k mini-batches in flight computes with weights that lack the updates of the k - 1 before, and keeps k versions.
+Mini-batches follow each other down the pipeline, whole, and each has an update of its own at every stage. A forward
+pass takes the newest weights of its stage; its backward pass takes the same ones, which the stage keeps until then. A
+stage that has k mini-batches in flight computes with weights that lack the k - 1 updates before, and keeps k versions.
 
 Our phases begin and end with an empty pipeline, so mini-batches come in rounds, between which it drains. The rows of a
 mini-batch are shared among the replicas of a stage, whose gradients are summed before each update; PipeDream's replicas
@@ -11,14 +11,17 @@ take whole mini-batches in turn.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-from harness.costs import FORWARD
-from harness.errors import Unsupported
-from harness.plan import Action, Collective, Combine, Commit, Free, Phase, Step, Value
+from harness.cluster import Cluster
+from harness.costs import FORWARD, Costs
+from harness.errors import OrreryError, OutOfMemory, Unsupported
+from harness.plan import Action, Collective, Combine, Commit, Free, Phase, Plan, Step, Value
 from harness.plan.values import Range
-from harness.schedules import Pipeline, StageWorker, in_flight, next_version, one_f_one_b, state_of
+from harness.schedules import Pipeline, Stage, StageWorker, in_flight, next_version, one_f_one_b, state_of
+from harness.search import fastest, summary
 from harness.workload import Workload
 
 
@@ -61,9 +64,7 @@ class _Group:
 
 
 class _StashingWorker(StageWorker):
-    def __init__(
-        self, pipeline: Pipeline, p: int, i: int, rows: tuple[Range, ...], batches: tuple[int, ...]
-    ) -> None:
+    def __init__(self, pipeline: Pipeline, p: int, i: int, rows: tuple[Range, ...], batches: tuple[int, ...]) -> None:
         super().__init__(pipeline, p, i, rows, batches)
         self.newest: dict[Value, int] = dict.fromkeys(self.weights, 0)
         self.began: dict[int, tuple[Value, ...]] = {}
@@ -162,3 +163,60 @@ def rounds(workload: Workload, most: int, first: int) -> list[tuple[tuple[int, .
         whole, rest = divmod(repeat, most)
         found += [((size,) * count, times) for count, times in ((most, whole), (rest, 1)) if count and times]
     return found
+
+
+def plan_stashing(
+    method: str,
+    workload: Workload,
+    costs: Costs,
+    cluster: Cluster,
+    stages: Callable[[int], Sequence[Stage]],
+    batches_per_flush: object,
+) -> Plan:
+    """Whole batches as mini-batches, of which stage p of P has P - p in flight; fewer where memory is short.
+
+    `stages(depth)` is what the method decides, for at most `depth` in flight. `batches_per_flush`: mini-batches of a
+    round, an option. Raises OutOfMemory where not even one in flight fits.
+    """
+    if type(batches_per_flush) is not int or batches_per_flush < 1:
+        raise OrreryError(f"batches_per_flush is {batches_per_flush!r}; it must be a whole number from 1 up.")
+    misses: list[OutOfMemory] = []
+    for depth in range(len(cluster.devices), 0, -1):
+        candidate = partial(_plan, method, workload, costs, stages, depth, batches_per_flush)
+        try:
+            return fastest([candidate], costs, cluster)
+        except OutOfMemory as miss:
+            misses.append(miss)
+    raise min(misses, key=lambda miss: miss.needed_bytes - miss.available_bytes)
+
+
+def _plan(
+    method: str,
+    workload: Workload,
+    costs: Costs,
+    stages: Callable[[int], Sequence[Stage]],
+    depth: int,
+    batches_per_flush: int,
+) -> Plan:
+    chosen = tuple(stages(depth))
+    warmup = [min(len(chosen) - p, depth) for p in range(len(chosen))]
+    pipeline = StashingPipeline(costs, chosen, workload.optimizer, clip=workload.clip_norm is not None)
+    built: dict[tuple[tuple[int, ...], int], Phase] = {}
+    phases: list[Phase] = []
+    for batches, repeat in rounds(workload, batches_per_flush, first=2 * len(chosen)):
+        if (batches, repeat) not in built:
+            built[batches, repeat] = pipeline.phase(batches, warmup, f"round of {len(batches)}", repeat)
+        phases.append(built[batches, repeat])
+    return Plan(
+        method=method,
+        num_units=len(costs.units),
+        tensors=pipeline.tensors,
+        phases=tuple(phases),
+        summary={
+            **dict(summary(costs, chosen, workload.batch_size, phases[0])),
+            "num_micro_batches": 1,
+            "in_flight": warmup,
+            "staleness": [ahead - 1 for ahead in warmup],
+            "batches_per_flush": max(len(phase.micro_batches) for phase in phases),
+        },
+    )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from harness.engine.dropout import KeyedDropout
 from harness.engine.tensors import Bundle
@@ -160,6 +160,21 @@ class ModelShard:
             parameter.grad = torch.zeros_like(parameter)
         return parameter.grad
 
+    def take_gradients(self, name: str, content: Bundle) -> None:
+        """The next backward pass adds to these gradients, the next step uses them."""
+        for parameter, piece in zip(self.trained(name), content.pieces, strict=True):
+            parameter.grad = piece.view(parameter.shape)
+
+    def renew_weights(self, name: str) -> Bundle:
+        """Copy the value `weights...` for its next version, in memory of its own. Returns the old one.
+
+        Passes that have begun keep the old memory (see `forward`), gradients still come to the same parameters.
+        """
+        old = self.weights_bundle(name)
+        for parameter in self.weights(name):
+            parameter.data = parameter.data.clone()
+        return old
+
     def drop_gradients(self, name: str) -> None:
         """The next backward pass makes new ones. The memory lives as long as somebody holds the old ones."""
         for parameter in self.trained(name):
@@ -186,9 +201,12 @@ class ModelShard:
         step: int,
         sample_ids: Sequence[int],
         decoding: bool = False,
+        stashed: bool = False,
     ) -> tuple[dict[str, Tensor], Saved]:
         """One pass over the units of the action, in a phase that may be `decoding`.
 
+        stashed: weights may be renewed before the backward pass. Of a parameter autograd keeps the object, whose memory
+        is another one by then; so it is given the memory itself.
         batch: the rows of the data set; entering: what was made before, rows first, in the pieces that
         `harness.plan.pieces` says. Returns every tensor that later units or the run want, cut off from autograd, and
         what the backward pass needs.
@@ -205,8 +223,12 @@ class ModelShard:
             for name, tensor in entering.items()
         }
         values = {**batch, **leaves}
-        masks = self.masks.samples(step, sample_ids) if self.workload.dropout != 0 else nullcontext()
-        with torch.enable_grad(), masks:
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            if stashed:
+                stack.enter_context(saved_tensors_hooks(Tensor.detach, lambda kept: kept))
+            if self.workload.dropout != 0:
+                stack.enter_context(self.masks.samples(step, sample_ids))
             made = self.layered.run(first, last, values, self.masks.enter, wanted, action.tokens)
         roots = {
             name: get_gradient_edge(tensor)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from harness.plan.actions import COMPUTE, NIC_OUT, QUEUES, STORAGE, Action, Collective, Combine, Load, Recv, Send
+from harness.plan.actions import COMPUTE, NIC_OUT, QUEUES, STORAGE, Action, Collective, Combine, Load, Recv, Send, Step
 from harness.plan.flow import link
 from harness.plan.graph import Graph, check_order
 from harness.plan.plan import Phase, Plan
@@ -26,6 +26,7 @@ class Program:
     are those that the node holds. `ahead`: nodes that must have ended before the next iteration begins: they make what
     it begins with, or bring what the peers have sent in this one. `nbytes[node]` of a transfer.
     `collectives[result]`; `lands[node]`: the result of which the transfer, or the copy, fills a part in place.
+    `kept`: the names of weights of which older versions are kept.
     """
 
     device: str
@@ -46,6 +47,7 @@ class Program:
     nbytes: dict[int, int]
     collectives: dict[Value, Collective]
     lands: dict[int, Value]
+    kept: frozenset[str]
 
     @property
     def loads(self) -> list[Value]:
@@ -142,6 +144,7 @@ def program(graph: Graph, phase: Phase, device: str) -> Program:
         nbytes={node: graph.nbytes[node] for node in (*sends, *arriving)},
         collectives={a.result: a for a in phase.actions[device] if isinstance(a, Collective)},
         lands=dict(_lands(actions, then)),
+        kept=frozenset(v.name for a in phase.actions[device] if isinstance(a, Step) for v in a.kept),
     )
 
 

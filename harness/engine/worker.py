@@ -51,7 +51,8 @@ MOST_LATE_AT_FIRST, MOST_LATE = 0.5, 0.10
 class Iteration:
     """One iteration on this device: what it holds, and what each of its nodes still waits for.
 
-    `token`: of its request how many have been generated before.
+    `token`: of its request how many have been generated before. `losses`: of each update, summed over its rows here.
+    `step`: how many updates there were before.
     """
 
     number: int
@@ -72,22 +73,26 @@ class Iteration:
         self.waits, self.holds = dict(program.waits), list(program.holds)
         self.left, self.left_ahead = len(program.actions), len(program.ahead)
         self.admitted = dict.fromkeys(program.receives, 0)
+        self.losses = [0.0] * len(program.phase.updates)
 
 
 class _Ahead:
-    """The sample ids of iterations, and a look at those of the next one."""
+    """The sample ids of iterations, which have one batch or several, and a look at those of the next one."""
 
     def __init__(self, source: Iterator[list[int]]) -> None:
         self._source, self._seen = source, deque[list[int]]()
 
-    def peek(self) -> list[int]:
-        if not self._seen:
+    def peek(self, phase: Phase) -> list[int]:
+        count = len(phase.updates)
+        while len(self._seen) < count:
             self._seen.append(next(self._source))
-        return self._seen[0]
+        return [number for batch in islice(self._seen, count) for number in batch]
 
-    def next(self) -> list[int]:
-        self.peek()
-        return self._seen.popleft()
+    def next(self, phase: Phase) -> list[int]:
+        found = self.peek(phase)
+        for _ in phase.updates:
+            self._seen.popleft()
+        return found
 
 
 class Worker:
@@ -133,7 +138,9 @@ class Worker:
         self._storing: SimpleQueue[tuple[Iteration, int] | None] = SimpleQueue()
         self._tracker: Tracker | None = None
         self._gradient_storages: set[int] = set()
-        self._loss = 0.0
+        self._weight_storages: set[int] = set()
+        #: Bytes of weights that stay from iteration to iteration, and are watched all the same.
+        self._watched_weights = 0
         #: Of every request, or token of one, the samples and what the head, where it is here, has made of them.
         self.answers: list[tuple[Sequence[int], Tensor]] = []
         self._late_s = 0.0
@@ -172,9 +179,11 @@ class Worker:
         buffers = [buffer.clone() for buffer in self.shard.buffers()]
         self._tracker = tracker = Tracker()
         program, (ids, moved) = self.programs[0], self._samples()
-        mine = (ids if program.phase.shards else moved).next() if program.phase.micro_batches else ()
+        mine = (ids if program.phase.shards else moved).next(program.phase) if program.phase.micro_batches else ()
         for number in range(REHEARSALS):
             self._prefetch(program, mine, ())
+            if self._tracker is not None:
+                self._watch_weights(program, self._tracker)
             with self._tracker or nullcontext():
                 iteration = self._iteration(number, 0, 0, -1, mine, {}, rehearsal=True)
                 self._run(iteration)
@@ -187,7 +196,7 @@ class Worker:
         self._check_pace("in the iteration before the run", MOST_LATE_AT_FIRST)
         for changed, before in zip(self.shard.buffers(), buffers, strict=True):
             changed.copy_(before)
-        self._loss = self._late_s = 0.0
+        self._late_s = 0.0
         self._events.clear()
         self._busy = dict.fromkeys(QUEUES, 0.0)
         self._sent.clear()
@@ -201,14 +210,23 @@ class Worker:
 
     def _moved(self, tracker: Tracker, program: Program) -> dict[str, int]:
         """What the watched iteration made at once, at most, and what is read for the next one meanwhile."""
-        gradients = self._gradient_storages
+        gradients, weights = self._gradient_storages, self._weight_storages
         repeated = program.phase.training and program.phase.repeat > 1
         ahead = sum(self.plan.bytes(value) for value in program.loads) if repeated else 0
         return {
-            "moving": max(tracker.levels()) + ahead,
+            "moving": max(tracker.levels()) + ahead - self._watched_weights,
+            "weights": max(tracker.levels(only=weights)) - self._watched_weights,
             "gradients": max(tracker.levels(only=gradients)),
-            "activations": max(tracker.levels(without=gradients)) + ahead,
+            "activations": max(tracker.levels(without=gradients | weights)) + ahead,
         }
+
+    def _watch_weights(self, program: Program, tracker: Tracker) -> None:
+        """Follow what may go before the iteration ends, since its next version has memory of its own."""
+        for name in program.kept:
+            for parameter in self.shard.weights(name):
+                tracker.watch(parameter)
+                self._note(parameter, self._weight_storages, tracker)
+                self._watched_weights += parameter.nbytes
 
     def run(self, origin: float, moving: Mapping[str, int]) -> DeviceReport:
         """All phases. `origin`: the perf_counter time that the run's times count from. OrreryError as `rehearse`."""
@@ -225,7 +243,8 @@ class Worker:
             phase = program.phase
             computes, last = bool(phase.shards), phase.repeat - 1
             if place > 0 and place in watched:
-                memory.append(self._watched(number, place, mine if phase.decoding else ids.peek(), carried, token))
+                rehearsed = mine if phase.decoding else ids.peek(phase)
+                memory.append(self._watched(number, place, rehearsed, carried, token))
                 number += 1
                 self.barrier()  # who has nothing to do here would begin while others still rehearse
             spans: list[tuple[float, float]] = []
@@ -235,8 +254,8 @@ class Worker:
                     self.barrier()
                 began = time.perf_counter()
                 if not phase.decoding:
-                    mine, token = (ids if computes else moved).next() if phase.micro_batches else (), 0
-                self._prefetch(program, mine, ids.peek() if phase.training and index < last else ())
+                    mine, token = (ids if computes else moved).next(phase) if phase.micro_batches else (), 0
+                self._prefetch(program, mine, ids.peek(phase) if phase.training and index < last else ())
                 iteration = self._iteration(REHEARSALS + number, place, index, len(losses), mine, carried, token=token)
                 self._issued_s, self._issues_s = (self._issues_s if index else began), began
                 self._run(iteration)
@@ -244,8 +263,7 @@ class Worker:
                     self._finish(iteration)
                 carried = self._carry(iteration)
                 if computes:
-                    losses.append(self._loss / phase.batch_size)
-                self._loss = 0.0
+                    losses += [loss / rows for loss, rows in zip(iteration.losses, phase.update_rows, strict=True)]
                 number, token = number + 1, token + 1
                 spans.append((began - origin, time.perf_counter() - origin))
                 self.progress(number)
@@ -274,15 +292,18 @@ class Worker:
         """Rehearse the first iteration of a later phase, between it and the one before: no part of the run's time."""
         program = self.programs[place]
         self._gradient_storages.clear()  # of another tracker
-        kept = self._loss, len(self._events), dict(self._busy), dict(self._sent), self._late_s
+        self._weight_storages.clear()
+        self._watched_weights = 0
+        kept = len(self._events), dict(self._busy), dict(self._sent), self._late_s
         self._prefetch(program, sample_ids, ())
         self._tracker = tracker = Tracker()
+        self._watch_weights(program, tracker)
         with tracker:
             iteration = self._iteration(REHEARSALS + number, place, 0, -1, sample_ids, carried, True, token)
             self._run(iteration)
         self._finish(iteration)
         self._tracker = None
-        self._loss, events, self._busy, self._sent, self._late_s = kept
+        events, self._busy, self._sent, self._late_s = kept
         del self._events[events:]
         tensors = self.plan.tensors
         cache = sum(self.plan.bytes(value) for value in carried if tensors[value.name].kind == "cache")
@@ -424,9 +445,13 @@ class Worker:
         entering = {value.name: self._tensor(iteration, value) for value in action.reads}
         if pieces.is_part(action):  # modules take views of theirs for granted
             entering = {name: tensor.contiguous() for name, tensor in entering.items()}
-        outputs, saved = self.shard.forward(action, batch, entering, iteration.step, ids, phase.decoding)
+        update = phase.update_of(action.micro_batch)
+        stashed = bool(iteration.program.kept)
+        outputs, saved = self.shard.forward(
+            action, batch, entering, iteration.step + update, ids, phase.decoding, stashed
+        )
         if "loss" in outputs:
-            self._loss += outputs["loss"].item()
+            iteration.losses[update] += outputs["loss"].item()
         elif "logits" in outputs and self.keeps_answers and not iteration.rehearsal:
             self.answers.append((ids, outputs["logits"]))
         for value in action.writes:
@@ -443,7 +468,8 @@ class Worker:
         fresh = [value for value in action.accumulates if value not in iteration.values]
         for value in fresh:
             self.shard.drop_gradients(value.name)
-        leaving = self.shard.backward(saved, arriving, iteration.program.phase.batch_size)
+        phase = iteration.program.phase
+        leaving = self.shard.backward(saved, arriving, phase.update_rows[phase.update_of(action.micro_batch)])
         for value in action.writes:
             name = value.name.removeprefix(prefix).removesuffix(f"@{action.units[0]}")
             iteration.values[value] = leaving[name]
@@ -541,22 +567,32 @@ class Worker:
 
     def _step(self, iteration: Iteration, action: Step) -> None:
         names = [value.name for value in action.gradients]
+        if iteration.program.phase.mini_batches:  # those of a later one may have been made since
+            for value in action.gradients:
+                self.shard.take_gradients(value.name, self._bundle(iteration, value))
         if self._tracker is not None:
-            self._note_gradients(names, self._tracker)
+            for parameter in (p for name in names for p in self.shard.trained(name)):
+                self._note(parameter.grad, self._gradient_storages, self._tracker)
+        for value in action.kept:
+            iteration.values[value] = self.shard.renew_weights(value.name)
+            if self._tracker is not None:
+                for parameter in self.shard.weights(value.name):
+                    self._note(parameter, self._weight_storages, self._tracker)
         if not iteration.rehearsal:
             norm = None if action.norm is None else self._bundle(iteration, action.norm).pieces[0]
             self.shard.step(names, norm)
         for name in names:
             self.shard.drop_gradients(name)  # what is still being sent is held as a value
         for value in action.writes:
-            iteration.values[value] = iteration.values.pop(value._replace(version=value.version - 1))
+            before = value._replace(version=value.version - 1)
+            iteration.values[value] = None if before in action.kept else iteration.values.pop(before)
 
-    def _note_gradients(self, names: Sequence[str], tracker: Tracker) -> None:
-        for name in names:
-            for parameter in self.shard.trained(name):
-                number = None if parameter.grad is None else tracker.number(parameter.grad)
-                if number is not None:
-                    self._gradient_storages.add(number)
+    @staticmethod
+    def _note(tensor: Tensor | None, storages: set[int], tracker: Tracker) -> None:
+        """The tensor's storage, if it is watched, is one of these."""
+        number = None if tensor is None else tracker.number(tensor)
+        if number is not None:
+            storages.add(number)
 
     # Values as tensors
 

@@ -125,9 +125,7 @@ def _reduce(action: Collective, held: Mapping[str, dict[Value, Content]], phase:
         held[member][action.result] = total
 
 
-def _combine(
-    action: Combine, mine: dict[Value, Content], wanted: Mapping[str, Sequence[Content]], where: str
-) -> None:
+def _combine(action: Combine, mine: dict[Value, Content], wanted: Mapping[str, Sequence[Content]], where: str) -> None:
     total: Content = Counter()
     for value in action.reads:
         if action.op == "square-sum":
@@ -150,7 +148,7 @@ def _check_step(
         raise InvalidPlan(f"{where}: the step must write what it reads, one version on")
     written = {v.name for v in action.writes if v.name.startswith("weights")}
     if odd := written ^ {"weights" + v.name.removeprefix("gradients") for v in action.gradients}:
-        raise InvalidPlan(f"{where}: the step writes {min(odd)} without its gradient, or has that and does not write it")
+        raise InvalidPlan(f"{where}: the step has the gradient of {min(odd)} and does not write it, or the reverse")
     for value in action.gradients:
         _check_whole(value, mine, wanted, stepped.get(value.name, 0), where)
 

@@ -92,9 +92,10 @@ def _check_passes(phase: Phase, costs: Costs) -> None:
             if broken := pieces.broken_rule(action, costs):
                 raise InvalidPlan(f"{where}: {broken}")
             key = (action.units, action.micro_batch, action.rows, action.tokens, action.width)
-            if (action.direction, *key) in done:
+            this = (action.direction, *key)
+            if this in done:
                 raise InvalidPlan(f"{where}: computed {action.direction} twice")
-            done[action.direction, *key] = action
+            done[this] = action
             if action.direction == FORWARD:
                 if not action.replica:
                     forward[action.micro_batch].append(action)
@@ -103,7 +104,7 @@ def _check_passes(phase: Phase, costs: Costs) -> None:
             if before is None:
                 raise InvalidPlan(f"{where}: backward without a forward before it")
             if others := set(action.weights) - set(before.weights):
-                raise InvalidPlan(f"{where}: backward with {min(others, key=str)}, and the forward before it was with others")
+                raise InvalidPlan(f"{where}: backward with {min(others, key=str)}, its forward with another version")
     for m, rows in enumerate(phase.micro_batches):
         edges = sorted({0, len(costs.units), *(edge for action in forward[m] for edge in action.units)})
         for first, last in pairwise(edges):
