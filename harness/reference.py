@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from harness import models
-from harness.costs import FORWARD
 from harness.datasets import batches
 from harness.engine.dropout import KeyedDropout
 from harness.models.layered import Layered
 from harness.optimizers import optimizer_for
-from harness.plan import Compute, Phase, Plan
+from harness.plan import Phase, Plan
+from harness.plan.updates import Computed, Weights, follow_updates, lowest
 from harness.plan.values import Range
 from harness.samples import Dataset
 from harness.workload import Workload
@@ -59,8 +59,9 @@ def train(plan: Plan, workload: Workload, dataset: Dataset) -> Reference:
     losses: list[float] = []
     orders = batches(workload)
     for phase in plan.phases:
+        computed = follow_updates(phase, plan) if phase.mini_batches else {}
         for _ in range(phase.repeat if phase.shards else 0):
-            history = _History(phase, layered) if phase.mini_batches else None
+            history = _History(computed, layered) if phase.mini_batches else None
             for update, rows in zip(phase.updates, phase.update_rows, strict=True):
                 loss = _loss(phase, update, layered, history, dataset, masks, len(losses), next(orders)) / rows
                 optimizer.zero_grad()
@@ -107,21 +108,12 @@ def max_rel_error(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], ada
 class _History:
     """The trained weights as they were after each update of an iteration, and who computes with which."""
 
-    def __init__(self, phase: Phase, layered: Layered) -> None:
+    def __init__(self, computed: Computed, layered: Layered) -> None:
         self.chain = _Chain(layered)
         self.parameters = {name: p for name, p in layered.root.named_parameters() if p.requires_grad}
-        self.named = {
-            (device, action.micro_batch): {value.name: value.version for value in action.weights}
-            for device, actions in phase.actions.items()
-            for action in actions
-            if isinstance(action, Compute) and action.direction == FORWARD
-        }
-        self.reach = max(
-            m - version
-            for (_, m), versions in self.named.items()
-            for name, version in versions.items()
-            if name.startswith("weights")
-        )
+        self.computed = computed
+        #: How many updates a mini-batch may lack, from the first that it lacks on.
+        self.reach = max((m - lowest(~c) for (_, m), held in computed.items() for c in held.values()), default=0)
         self.versions: list[dict[str, Tensor]] = []
         self.keep()
 
@@ -133,10 +125,11 @@ class _History:
 
     def run(self, device: str, m: int) -> Run:
         """As `Layered.run`, with the weights of the device for micro-batch m; gradients come to the parameters."""
-        named = self.named[device, m]
-        (own,) = {version for name, version in named.items() if name.startswith("weights@")} or {0}
+        held = self.computed[device, m]
+        newest = (1 << (len(self.versions) - 1)) - 1  # for those that it has no part of
+        (own,) = {content for name, content in held.items() if name.startswith("weights@")} or {newest}
         weights = {
-            f"root.{name}": self.versions[named.get(f"weights:{name}", own)][name] + (p - p.detach())
+            f"root.{name}": self._weights(name, held.get(f"weights:{name}", own)) + (p - p.detach())
             for name, p in self.parameters.items()
         }
 
@@ -145,6 +138,15 @@ class _History:
             return made
 
         return run
+
+    def _weights(self, name: str, content: Weights) -> Tensor:
+        """A parameter with the updates of these mini-batches: those up to the first that is missing, and others."""
+        first = lowest(~content)
+        weights = self.versions[first][name]
+        for m in range(first + 1, content.bit_length()):
+            if content >> m & 1:
+                weights = weights + (self.versions[m + 1][name] - self.versions[m][name])
+        return weights
 
 
 class _Chain(nn.Module):
@@ -176,7 +178,7 @@ def _loss(
         ids = sample_ids[first_row : first_row + rows]
         first_row += rows
         carried: dict[str, Tensor] = {}
-        for units, replicas in _stages(phase):
+        for units, replicas in _stages(phase, m):
             made: dict[Range, dict[str, Tensor]] = {}
             for number, device in enumerate(replicas):
                 piece = phase.shards[device].micro_batch_rows[m]
@@ -190,12 +192,15 @@ def _loss(
     return total
 
 
-def _stages(phase: Phase) -> list[tuple[Range, list[str]]]:
-    """Unit ranges in order, each with its devices."""
+def _stages(phase: Phase, m: int) -> list[tuple[Range, list[str]]]:
+    """Unit ranges in order that compute micro-batch m, each with its devices."""
     stages: dict[Range, list[str]] = {}
+    working: set[Range] = set()
     for device, shard in phase.shards.items():
         stages.setdefault(shard.units, []).append(device)
-    return sorted(stages.items(), key=lambda stage: stage[0])
+        if shard.micro_batch_rows[m][0] < shard.micro_batch_rows[m][1]:
+            working.add(shard.units)
+    return sorted((units, devices) for units, devices in stages.items() if units in working)
 
 
 @contextmanager

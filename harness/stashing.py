@@ -11,7 +11,7 @@ take whole mini-batches in turn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -41,7 +41,7 @@ class StashingPipeline(Pipeline):
 
     @property
     def worker(self) -> type[StageWorker]:
-        return _StashingWorker
+        return StashingWorker
 
     def phase(self, batches: Sequence[int], warmup: Sequence[int], name: str = "train", repeat: int = 1) -> Phase:
         """One round of mini-batches of these row counts; stage p keeps warmup[p] of them in flight."""
@@ -49,7 +49,7 @@ class StashingPipeline(Pipeline):
 
 
 @dataclass(frozen=True)
-class _Group:
+class Group:
     """Weights that are updated together with all copies of them, `lag` mini-batches behind this stage's own passes.
 
     Tied weights are updated when the first stage that holds them has its gradient, which is the last to have it. Later
@@ -63,35 +63,52 @@ class _Group:
     lag: int
 
 
-class _StashingWorker(StageWorker):
+class StashingWorker(StageWorker):
+    """`mine`: the mini-batches that come down this pipeline, in order."""
+
     def __init__(self, pipeline: Pipeline, p: int, i: int, rows: tuple[Range, ...], batches: tuple[int, ...]) -> None:
         super().__init__(pipeline, p, i, rows, batches)
+        self.mine: Sequence[int] = range(len(batches))
         self.newest: dict[Value, int] = dict.fromkeys(self.weights, 0)
         self.began: dict[int, tuple[Value, ...]] = {}
 
     def iteration(self, warmup: Sequence[int]) -> Iterator[Action]:
-        count = len(self.rows)
-        groups = self._groups([in_flight(ahead, count) for ahead in warmup])
-        for direction, m in one_f_one_b(warmup[self.p], count):
+        count = len(self.mine)
+        groups = self.groups([in_flight(ahead, count) for ahead in warmup])
+        for direction, turn in one_f_one_b(warmup[self.p], count):
+            m = self.mine[turn]
             if not self._active(m):
                 pass
             elif direction == FORWARD:
-                self.began[m] = tuple(value._replace(version=v) for value, v in self.newest.items())
+                self.began[m] = self.current()
                 yield from self._forward(m)
             else:
                 yield from self._backward(m)
                 yield from self._let_go(m)
             if direction != FORWARD:
-                yield from self._updates(groups, m)
-        for m in range(count, count + max((group.lag for group in groups), default=0)):
-            yield from self._updates(groups, m)
+                yield from self._updates(groups, turn)
+        for turn in range(count, count + max((group.lag for group in groups), default=0)):
+            yield from self._updates(groups, turn)
+        yield from self.finish(groups)
         yield Commit()
 
-    def _groups(self, ahead: Sequence[int]) -> list[_Group]:
+    def finish(self, groups: Sequence[Group]) -> Iterator[Action]:
+        """What is left to be done when all updates are."""
+        yield from ()
+
+    def current(self) -> tuple[Value, ...]:
+        """The newest weights."""
+        return tuple(value._replace(version=version) for value, version in self.newest.items())
+
+    def needed(self) -> set[Value]:
+        """The weights of the mini-batches in flight."""
+        return {value for weights in self.began.values() for value in weights}
+
+    def groups(self, ahead: Sequence[int]) -> list[Group]:
         """ahead[p]: how many mini-batches stage p has in flight."""
         stage_of = {device: p for p, stage in enumerate(self.pipeline.stages) for device in stage.devices}
         return [
-            _Group(
+            Group(
                 weights,
                 tuple(value for value in self.state if value.name == state_of(weights.name)),
                 gradient,
@@ -110,20 +127,25 @@ class _StashingWorker(StageWorker):
     def _let_go(self, m: int) -> Iterator[Action]:
         """Of the weights of mini-batch m those that nobody needs any more."""
         mine = self.began.pop(m)
-        needed = {value for weights in self.began.values() for value in weights}
-        needed.update(value._replace(version=version) for value, version in self.newest.items())
+        needed = self.needed().union(self.current())
         if spent := tuple(value for value in mine if value not in needed):
             yield Free(spent)
 
-    def _updates(self, groups: Sequence[_Group], m: int) -> Iterator[Action]:
-        """The updates that are due after the backward pass of mini-batch m."""
+    def _updates(self, groups: Sequence[Group], turn: int) -> Iterator[Action]:
+        """The updates that are due after this device's backward pass of that turn."""
         for lag in sorted({group.lag for group in groups}):
-            if 0 <= m - lag < len(self.rows):
-                yield from self._step([group for group in groups if group.lag == lag], m - lag)
+            if 0 <= turn - lag < len(self.mine):
+                yield from self.update([group for group in groups if group.lag == lag], turn - lag)
 
-    def _step(self, groups: Sequence[_Group], m: int) -> Iterator[Action]:
-        """The update of mini-batch m."""
-        summed: list[Value] = []
+    def update(self, groups: Sequence[Group], turn: int) -> Iterator[Action]:
+        """The update of the mini-batch of that turn."""
+        gradients = yield from self.summed(groups, self.mine[turn])
+        yield self.step(groups, gradients)
+        yield Free(gradients)
+
+    def summed(self, groups: Sequence[Group], m: int) -> Generator[Action, None, tuple[Value, ...]]:
+        """The gradients of mini-batch m, of all its rows."""
+        found: list[Value] = []
         for group in groups:
             gradient = group.gradient._replace(micro_batch=m)
             if not self._active(m):
@@ -131,14 +153,18 @@ class _StashingWorker(StageWorker):
             if len(group.devices) > 1:
                 yield Collective("all-reduce", gradient, next_version(gradient), group.devices)
                 gradient = next_version(gradient)
-            summed.append(gradient)
-        needed = {value for weights in self.began.values() for value in weights}
-        weights = tuple(group.weights._replace(version=m) for group in groups)
-        reads = weights + tuple(value._replace(version=m) for group in groups for value in group.state)
+            found.append(gradient)
+        return tuple(found)
+
+    def step(self, groups: Sequence[Group], gradients: tuple[Value, ...]) -> Step:
+        """The update of the newest weights, which stay for the passes that began with them."""
+        needed = self.needed()
+        weights = tuple(group.weights._replace(version=self.newest[group.weights]) for group in groups)
+        versions = [(value, self.newest[group.weights]) for group in groups for value in group.state]
+        reads = weights + tuple(value._replace(version=version) for value, version in versions)
         kept = tuple(value for value in weights if value in needed)
-        yield Step(self.stage.units, tuple(summed), reads, tuple(map(next_version, reads)), kept=kept)
-        yield Free(tuple(summed))
-        self.newest.update((group.weights, m + 1) for group in groups)
+        self.newest.update((group.weights, self.newest[group.weights] + 1) for group in groups)
+        return Step(self.stage.units, gradients, reads, tuple(map(next_version, reads)), kept=kept)
 
 
 def rounds(workload: Workload, most: int, first: int) -> list[tuple[tuple[int, ...], int]]:

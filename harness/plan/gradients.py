@@ -6,7 +6,7 @@ Gradients are followed through an all-reduce, not through a reduce-scatter or an
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from harness.costs import BACKWARD
 from harness.plan.actions import Action, Collective, Combine, Commit, Compute, Step
@@ -22,7 +22,6 @@ Content = Counter[tuple[Range, int, Range] | str]
 def check_gradients(phase: Phase, plan: Plan) -> None:
     """Every device that holds trained weights steps once with the gradient of all rows of all who hold them.
 
-    Where micro-batches are mini-batches, it does so once for each of them, in order, and with the gradient of no other.
     Where some step clips, every step reads a norm that holds each gradient of the phase once, and whole.
     The gradient of `weights...` is called `gradients...`. Raises InvalidPlan.
     """
@@ -31,10 +30,7 @@ def check_gradients(phase: Phase, plan: Plan) -> None:
         if holders != set(devices):
             raise InvalidPlan(f"phase {phase.name!r}: {name} is tied over {devices}, and held by {sorted(holders)}")
     wanted = _wanted(phase, plan)
-    updates = len(phase.updates)
     norms = {name for actions in phase.actions.values() for action in actions for name in _norm(action)}
-    if norms and updates > 1:
-        raise InvalidPlan(f"phase {phase.name!r}: a norm is followed through one update, and there are {updates}")
     followed = norms.union(name for name, tensor in plan.tensors.items() if tensor.kind == "gradients")
     held: dict[str, dict[Value, Content]] = {device: {} for device in phase.actions}
     stepped: dict[str, Counter[str]] = {device: Counter() for device in phase.actions}
@@ -60,7 +56,7 @@ def check_gradients(phase: Phase, plan: Plan) -> None:
                 elif isinstance(action, Combine):
                     _combine(action, held[device], wanted, where)
                 elif isinstance(action, Step):
-                    _check_step(action, held[device], wanted, stepped[device], where)
+                    _check_step(action, held[device], wanted, where)
                     if norms:
                         _check_norm(action, held[device], wanted, where)
                     stepped[device].update(value.name for value in action.gradients)
@@ -75,10 +71,10 @@ def check_gradients(phase: Phase, plan: Plan) -> None:
             raise InvalidPlan(
                 f"{where}: {action.kind} of {action.value} waits for {absent}, which never joins with the same group"
             )
-        due = Counter(dict.fromkeys(_trained(phase, plan, device), updates))
-        if stepped[device] != due:
-            odd = min((due - stepped[device]) + (stepped[device] - due))
-            raise InvalidPlan(f"{where}: {stepped[device][odd]} steps use {odd}, and {due[odd]} should")
+        once = Counter(_trained(phase, plan, device))
+        if stepped[device] != once:
+            odd = min((once - stepped[device]) + (stepped[device] - once))
+            raise InvalidPlan(f"{where}: {stepped[device][odd]} steps use {odd}, and {once[odd]} should")
         if sum(isinstance(action, Commit) for action in actions) != 1:
             raise InvalidPlan(f"{where}: a round of training has one commit")
 
@@ -97,15 +93,15 @@ def _trained(phase: Phase, plan: Plan, device: str) -> list[str]:
     return [gradient for name in weights if (gradient := "gradients" + name.removeprefix("weights")) in plan.tensors]
 
 
-def _wanted(phase: Phase, plan: Plan) -> dict[str, Sequence[Content]]:
-    """Per gradient and update: the rows that each device which holds the weights has of its micro-batches, once."""
-    wanted: dict[str, list[Content]] = defaultdict(lambda: [Counter() for _ in phase.updates])
+def _wanted(phase: Phase, plan: Plan) -> dict[str, Content]:
+    """Per gradient: the rows that each device which holds the weights has of every micro-batch, once."""
+    wanted: dict[str, Content] = defaultdict(Counter)
     for device, shard in phase.shards.items():
         for name in _trained(phase, plan, device):
             for m, rows in enumerate(shard.micro_batch_rows):
                 if rows[0] < rows[1]:
-                    wanted[name][phase.update_of(m)][shard.units, m, rows] = 1
-    return dict(wanted)
+                    wanted[name][shard.units, m, rows] = 1
+    return wanted
 
 
 def _reduce(action: Collective, held: Mapping[str, dict[Value, Content]], phase: Phase) -> None:
@@ -125,56 +121,34 @@ def _reduce(action: Collective, held: Mapping[str, dict[Value, Content]], phase:
         held[member][action.result] = total
 
 
-def _combine(action: Combine, mine: dict[Value, Content], wanted: Mapping[str, Sequence[Content]], where: str) -> None:
+def _combine(action: Combine, mine: dict[Value, Content], wanted: Mapping[str, Content], where: str) -> None:
     total: Content = Counter()
     for value in action.reads:
         if action.op == "square-sum":
-            _check_whole(value, mine, wanted, 0, where)
+            _check_whole(value, mine, wanted, where)
             total[value.name] += 1
         else:
             total.update(mine.get(value, Counter()))
     mine[action.write] = total
 
 
-def _check_step(
-    action: Step,
-    mine: Mapping[Value, Content],
-    wanted: Mapping[str, Sequence[Content]],
-    stepped: Mapping[str, int],
-    where: str,
-) -> None:
-    """`stepped`: how many updates of the device have used each gradient before."""
+def _check_step(action: Step, mine: Mapping[Value, Content], wanted: Mapping[str, Content], where: str) -> None:
     if {v.name: v.version + 1 for v in action.reads} != {v.name: v.version for v in action.writes}:
         raise InvalidPlan(f"{where}: the step must write what it reads, one version on")
-    written = {v.name for v in action.writes if v.name.startswith("weights")}
-    if odd := written ^ {"weights" + v.name.removeprefix("gradients") for v in action.gradients}:
-        raise InvalidPlan(f"{where}: the step has the gradient of {min(odd)} and does not write it, or the reverse")
     for value in action.gradients:
-        _check_whole(value, mine, wanted, stepped.get(value.name, 0), where)
+        _check_whole(value, mine, wanted, where)
 
 
-def _check_whole(
-    value: Value,
-    mine: Mapping[Value, Content],
-    wanted: Mapping[str, Sequence[Content]],
-    number: int,
-    where: str,
-) -> None:
-    """The value is the gradient of the update of that number, or of the last one for whatever comes after it."""
-    updates = wanted.get(value.name, [Counter()])
-    content, need = mine.get(value, Counter()), updates[min(number, len(updates) - 1)]
+def _check_whole(value: Value, mine: Mapping[Value, Content], wanted: Mapping[str, Content], where: str) -> None:
+    content, need = mine.get(value, Counter()), wanted.get(value.name, Counter())
     twice = [piece for piece, count in content.items() if count > 1]
     missing = [piece for piece in need if piece not in content]
-    surplus = [piece for piece in content if piece not in need]
     problem = f"adds {twice[0]} twice" if twice else f"lacks {missing[0]}" if missing else ""
-    problem = problem or (f"adds {surplus[0]}, which is none of its update" if surplus else "")
     if problem:
         raise InvalidPlan(f"{where}: the gradient {value} {problem} (units, micro-batch, rows)")
 
 
-def _check_norm(
-    action: Step, mine: Mapping[Value, Content], wanted: Mapping[str, Sequence[Content]], where: str
-) -> None:
+def _check_norm(action: Step, mine: Mapping[Value, Content], wanted: Mapping[str, Content], where: str) -> None:
     if action.norm is None:
         raise InvalidPlan(f"{where}: the step of {action.units} reads no norm, and others do")
     content: Content = mine.get(action.norm, Counter())

@@ -16,6 +16,7 @@ from harness.plan.graph import InvalidPlan, check_order
 from harness.plan.plan import Phase, Plan
 from harness.plan.storage import check_storage
 from harness.plan.sums import check_sums
+from harness.plan.updates import follow_updates
 from harness.plan.values import Range, Value, joined_axis, saved_name
 
 
@@ -44,7 +45,9 @@ def validate(plan: Plan, costs: Costs) -> dict[str, int]:
             _check_passes(phase, chain)
             _check_flow(phase, chain)
             check_sums(phase, graph, order, chain)
-        if phase.training:
+        if phase.training and phase.mini_batches:
+            follow_updates(phase, plan)
+        elif phase.training:
             check_gradients(phase, plan)
         for device, nbytes in zip(graph.devices, graph.high_water, strict=True):
             high[device] = max(high.get(device, 0), nbytes)

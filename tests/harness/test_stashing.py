@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from baselines import pipedream_async
 from harness.errors import OrreryError, OutOfMemory, Unsupported
-from harness.plan import Combine, Compute, Free, Plan, Step, Value
+from harness.plan import Collective, Combine, Compute, Free, Plan, Step, Value
 from harness.plan.graph import InvalidPlan
 from harness.plan.serial import from_json, to_json
 from harness.plan.validate import validate
@@ -165,15 +165,34 @@ def test_the_gradient_of_another_mini_batch_is_named() -> None:
                 return [replace(action, weights=(W,))]
         return [action]
 
-    with pytest.raises(InvalidPlan, match=r"gradients@0:1#0 adds \(\(0, 1\), 1, \(0, 1\)\), which is none of its upd"):
+    with pytest.raises(InvalidPlan, match="gradients@0:1#0 is not of mini-batch 0 alone, whose turn it is"):
         check(mutate(round_of(1, (1, 1)), "device0", together))
+
+
+def test_a_gradient_without_the_rows_of_a_replica_is_named() -> None:
+    stages = (Stage((0, 1), ("device0", "device1"), (1, 1)),)
+    pipeline = StashingPipeline(chain(1), stages)
+    plan = Plan("test", 1, pipeline.tensors, (pipeline.phase((2, 2), [1]),))
+
+    def alone(action):
+        match action:
+            case Collective():
+                return []
+            case Step(gradients=(gradient,)):
+                return [replace(action, gradients=(gradient._replace(version=0),))]
+            case Free(values=(Value(name="gradients@0:1") as gradient,)):
+                return [Free((gradient._replace(version=0),))]
+        return [action]
+
+    with pytest.raises(InvalidPlan, match=r"gradients@0:1#0 lacks \(\(0, 1\), 0, \(1, 2\)\)"):
+        check(mutate(mutate(plan, "device0", alone), "device1", alone))
 
 
 def test_fewer_updates_than_mini_batches_are_named() -> None:
     def lazy(action):
         return [] if isinstance(action, Step) and action.gradients[0].micro_batch == 1 else [action]
 
-    with pytest.raises(InvalidPlan, match="1 steps use gradients@0:1, and 2 should"):
+    with pytest.raises(InvalidPlan, match="in the end weights@0:1 lacks the update of mini-batch 1"):
         check(mutate(round_of(1, (1, 1)), "device0", lazy))
 
 
@@ -184,7 +203,7 @@ def test_an_update_of_other_weights_than_those_of_its_gradients_is_named() -> No
     def keeps(action):
         return [replace(action, kept=(W._replace(version=9),))] if isinstance(action, Step) else [action]
 
-    with pytest.raises(InvalidPlan, match="the step has the gradient of weights@0:1 and does not write it, or the rev"):
+    with pytest.raises(InvalidPlan, match="the step uses gradients@0:1 and does not write its weights, or the reverse"):
         check(mutate(round_of(1, (1,)), "device0", idle))
     with pytest.raises(InvalidPlan, match=r"weights@0:1\.v9 is kept, and is not read"):
         check(mutate(round_of(1, (1,)), "device0", keeps))
@@ -204,7 +223,7 @@ def test_a_norm_of_gradients_is_refused() -> None:
         StashingPipeline(chain(1), (Stage((0, 1), ("device0",), (1,)),), clip=True)
     plain = Pipeline(chain(1), (Stage((0, 1), ("device0",), (1,)),), clip=True)
     phase = replace(plain.phase((1, 1), [1]), mini_batches=True)
-    with pytest.raises(InvalidPlan, match="a norm is followed through one update, and there are 2"):
+    with pytest.raises(InvalidPlan, match="updated one by one are not clipped by a norm"):
         validate(Plan("test", 1, plain.tensors, (phase,)), chain(1))
     with pytest.raises(Unsupported, match="inference"):
         StashingPipeline(chain(1, training=False), (Stage((0, 1), ("device0",), (1,)),))
