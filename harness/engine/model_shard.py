@@ -18,6 +18,7 @@ from harness.models.layered import RESULTS, Layered
 from harness.models.shards import complete, fill
 from harness.optimizers import optimizer_for
 from harness.plan import Compute, Plan, Value
+from harness.plan.updates import LOCAL, SERVED
 from harness.plan.values import Range
 from harness.workload import Workload
 
@@ -41,7 +42,8 @@ class ModelShard:
 
     Weights are grouped as in the plan: `weights@a:b` are the parameters that the units [a, b) use, or the trained ones
     of them where `frozen@a:b` are the others; `weights:name` is a single one that several stages hold. `gradients...`
-    and `optimizer...` go with them, `buffers@a:b` likewise.
+    and `optimizer...` go with them, `buffers@a:b` likewise. `global...` is a parameter server's copy of `weights...`,
+    which begins as these are.
     """
 
     def __init__(self, layered: Layered, workload: Workload, plan: Plan, device: torch.device) -> None:
@@ -57,7 +59,11 @@ class ModelShard:
     def weights(self, name: str) -> list[nn.Parameter]:
         """Parameters of the value `weights...`, in the order in which the units first use them."""
         if name not in self._parameters:
-            self._parameters[name] = self._find(name)
+            if name.startswith(SERVED):
+                own = self.weights(LOCAL + name.removeprefix(SERVED))
+                self._parameters[name] = [nn.Parameter(p.detach().clone()) for p in own]
+            else:
+                self._parameters[name] = self._find(name)
         return self._parameters[name]
 
     def check(self, value: Value) -> None:
@@ -114,6 +120,7 @@ class ModelShard:
     def complete(self, path: Path, values: Sequence[Value]) -> None:
         """Read from the model's file what of the weights among the values has no content yet."""
         names = [value.name for value in values if self.plan.tensors[value.name].kind == "weights"]
+        names = [name for name in names if not name.startswith(SERVED)]
         missing = [p for name in names for p in self.weights(name) if p.is_meta]
         complete(self.layered, self.workload, path, missing)
         for parameter in missing:
@@ -174,6 +181,31 @@ class ModelShard:
         for parameter in self.weights(name):
             parameter.data = parameter.data.clone()
         return old
+
+    def move_weights(self, name: str, content: Bundle) -> Bundle:
+        """The value `weights...` is this from now on, in this memory. Returns the old one, as `renew_weights` does."""
+        old = self.weights_bundle(name)
+        first = 0
+        for parameter in self.weights(name):
+            last = first + parameter.numel()
+            (piece,) = content.slice(first, last).pieces
+            parameter.data = piece.view(parameter.shape)
+            first = last
+        return old
+
+    def serve(self, name: str, gradients: Bundle) -> None:
+        """The optimizer's update of the value `global...`."""
+        parameters, first = self.weights(name), 0
+        for parameter in parameters:
+            last = first + parameter.numel()
+            (piece,) = gradients.slice(first, last).pieces
+            parameter.grad = piece.view(parameter.shape)
+            first = last
+        if name not in self._optimizers:
+            self._optimizers[name] = optimizer_for(self.workload, parameters)
+        self._optimizers[name].step()
+        for parameter in parameters:
+            parameter.grad = None
 
     def drop_gradients(self, name: str) -> None:
         """The next backward pass makes new ones. The memory lives as long as somebody holds the old ones."""
@@ -279,11 +311,14 @@ class ModelShard:
         """Bytes that stay from iteration to iteration, by kind."""
         states = [state for optimizer in self._optimizers.values() for state in optimizer.state.values()]
         tensors: dict[str, list[Tensor]] = {
-            "weights": [p for p in self.layered.root.parameters() if not p.is_meta],
+            "weights": [p for p in (*self.layered.root.parameters(), *self._served()) if not p.is_meta],
             "buffers": self.buffers(),
             "optimizer": [t for state in states for t in state.values() if isinstance(t, Tensor)],
         }
         return {kind: sum(t.numel() * t.itemsize for t in held) for kind, held in tensors.items()}
+
+    def _served(self) -> list[nn.Parameter]:
+        return [p for name, parameters in self._parameters.items() if name.startswith(SERVED) for p in parameters]
 
 
 def _gradients(state: str) -> str:

@@ -30,6 +30,7 @@ from harness.errors import OrreryError, Unsupported
 from harness.plan import Combine, Compute, Load, Phase, Plan, Recv, Send, Step, Store, Value, pieces
 from harness.plan.actions import COMPUTE, NIC_IN, NIC_OUT, QUEUES, STORAGE, Action
 from harness.plan.flow import is_piece
+from harness.plan.updates import SERVED
 from harness.plan.values import AXES, joined_axis
 from harness.profile.track import Tracker
 from harness.samples import Dataset
@@ -222,7 +223,7 @@ class Worker:
 
     def _watch_weights(self, program: Program, tracker: Tracker) -> None:
         """Follow what may go before the iteration ends, since its next version has memory of its own."""
-        for name in program.kept:
+        for name in program.renewed:
             for parameter in self.shard.weights(name):
                 tracker.watch(parameter)
                 self._note(parameter, self._weight_storages, tracker)
@@ -446,7 +447,7 @@ class Worker:
         if pieces.is_part(action):  # modules take views of theirs for granted
             entering = {name: tensor.contiguous() for name, tensor in entering.items()}
         update = phase.update_of(action.micro_batch)
-        stashed = bool(iteration.program.kept)
+        stashed = bool(iteration.program.renewed)
         outputs, saved = self.shard.forward(
             action, batch, entering, iteration.step + update, ids, phase.decoding, stashed
         )
@@ -498,6 +499,8 @@ class Worker:
             for value in others:
                 total.add_(self._held(iteration, value))  # type: ignore[arg-type]
             values[write] = total
+            if write.name in iteration.program.renewed:
+                self._renew(iteration, write, total)
         else:
             (whole,) = action.reads
             piece = self._held(iteration, write._replace(version=whole.version))
@@ -565,7 +568,31 @@ class Worker:
             return flat(torch.zeros(self._shape(value), device=self.shard.device))
         return torch.zeros(self._shape(value), dtype=self.shard.layered_dtype, device=self.shard.device)
 
+    def _renew(self, iteration: Iteration, write: Value, content: Payload) -> None:
+        """Weights that have been pulled are computed with from now on; passes in flight have the ones before."""
+        assert isinstance(content, Bundle)
+        old = self.shard.move_weights(write.name, content)
+        for value in [value for value, held in iteration.values.items() if value.name == write.name and held is None]:
+            iteration.values[value] = old
+        iteration.values[write] = None
+        self._note_weights(write.name)
+
+    def _note_arrival(self, value: Value, tensor: Tensor, tracker: Tracker) -> None:
+        """Gradients that are pushed and weights that are pulled count as what they are."""
+        kind = self.plan.tensors[value.name].kind
+        storages = {"gradients": self._gradient_storages, "weights": self._weight_storages}.get(kind)
+        if storages is not None:
+            self._note(tensor, storages, tracker)
+
+    def _note_weights(self, name: str) -> None:
+        if self._tracker is not None:
+            for parameter in self.shard.weights(name):
+                self._note(parameter, self._weight_storages, self._tracker)
+
     def _step(self, iteration: Iteration, action: Step) -> None:
+        if any(value.name.startswith(SERVED) for value in action.writes):
+            self._serve(iteration, action)
+            return
         names = [value.name for value in action.gradients]
         if iteration.program.phase.mini_batches:  # those of a later one may have been made since
             for value in action.gradients:
@@ -575,14 +602,26 @@ class Worker:
                 self._note(parameter.grad, self._gradient_storages, self._tracker)
         for value in action.kept:
             iteration.values[value] = self.shard.renew_weights(value.name)
-            if self._tracker is not None:
-                for parameter in self.shard.weights(value.name):
-                    self._note(parameter, self._weight_storages, self._tracker)
+            self._note_weights(value.name)
         if not iteration.rehearsal:
             norm = None if action.norm is None else self._bundle(iteration, action.norm).pieces[0]
             self.shard.step(names, norm)
         for name in names:
             self.shard.drop_gradients(name)  # what is still being sent is held as a value
+        self._write_next(iteration, action)
+
+    def _serve(self, iteration: Iteration, action: Step) -> None:
+        """An update of a parameter server's weights."""
+        for value in action.kept:
+            iteration.values[value] = self.shard.renew_weights(value.name)
+            self._note_weights(value.name)
+        for weights, gradient in zip(action.writes, action.gradients, strict=True):
+            if not iteration.rehearsal:
+                self.shard.serve(weights.name, self._bundle(iteration, gradient))
+        self._write_next(iteration, action)
+
+    @staticmethod
+    def _write_next(iteration: Iteration, action: Step) -> None:
         for value in action.writes:
             before = value._replace(version=value.version - 1)
             iteration.values[value] = None if before in action.kept else iteration.values.pop(before)
@@ -739,6 +778,8 @@ class Worker:
         tensor = empty_on_host(frame.shape, frame.dtype, self.shard.device)
         if self._tracker is not None:
             self._tracker.watch(tensor)
+            if iteration.program.phase.mini_batches:
+                self._note_arrival(action.value, tensor, self._tracker)
         iteration.arriving[node] = tensor
         return [buffer(tensor)]
 
