@@ -182,16 +182,19 @@ class ModelShard:
             parameter.data = parameter.data.clone()
         return old
 
-    def move_weights(self, name: str, content: Bundle) -> Bundle:
-        """The value `weights...` is this from now on, in this memory. Returns the old one, as `renew_weights` does."""
-        old = self.weights_bundle(name)
+    def vacate(self, name: str) -> None:
+        """Let go of the value `weights...` until `move_weights` brings another one."""
+        for parameter in self.weights(name):
+            parameter.data = parameter.data.new_empty(()).expand(parameter.shape)
+
+    def move_weights(self, name: str, content: Bundle) -> None:
+        """The value `weights...` is this from now on, in this memory."""
         first = 0
         for parameter in self.weights(name):
             last = first + parameter.numel()
             (piece,) = content.slice(first, last).pieces
             parameter.data = piece.view(parameter.shape)
             first = last
-        return old
 
     def serve(self, name: str, gradients: Bundle) -> None:
         """The optimizer's update of the value `global...`."""

@@ -476,6 +476,8 @@ class Worker:
             iteration.values[value] = leaving[name]
         for value in fresh:  # autograd adds to the same memory from now on
             iteration.values[value] = self.shard.gradients(value.name)
+            if self._tracker is not None and phase.mini_batches:
+                self._note_gradients(value.name, self._tracker)
 
     def _combine(self, iteration: Iteration, node: int, action: Combine) -> None:
         values, write = iteration.values, action.write
@@ -571,9 +573,9 @@ class Worker:
     def _renew(self, iteration: Iteration, write: Value, content: Payload) -> None:
         """Weights that have been pulled are computed with from now on; passes in flight have the ones before."""
         assert isinstance(content, Bundle)
-        old = self.shard.move_weights(write.name, content)
         for value in [value for value, held in iteration.values.items() if value.name == write.name and held is None]:
-            iteration.values[value] = old
+            iteration.values[value] = self.shard.weights_bundle(write.name)
+        self.shard.move_weights(write.name, content)
         iteration.values[write] = None
         self._note_weights(write.name)
 
@@ -583,6 +585,10 @@ class Worker:
         storages = {"gradients": self._gradient_storages, "weights": self._weight_storages}.get(kind)
         if storages is not None:
             self._note(tensor, storages, tracker)
+
+    def _note_gradients(self, name: str, tracker: Tracker) -> None:
+        for parameter in self.shard.trained(name):
+            self._note(parameter.grad, self._gradient_storages, tracker)
 
     def _note_weights(self, name: str) -> None:
         if self._tracker is not None:
@@ -598,8 +604,8 @@ class Worker:
             for value in action.gradients:
                 self.shard.take_gradients(value.name, self._bundle(iteration, value))
         if self._tracker is not None:
-            for parameter in (p for name in names for p in self.shard.trained(name)):
-                self._note(parameter.grad, self._gradient_storages, self._tracker)
+            for name in names:
+                self._note_gradients(name, self._tracker)
         for value in action.kept:
             iteration.values[value] = self.shard.renew_weights(value.name)
             self._note_weights(value.name)
@@ -843,6 +849,7 @@ class Worker:
     def _end(self, iteration: Iteration, node: int) -> list[int]:
         """Let go of what nobody needs any more, and wake who may go on. Returns sums that are due."""
         program, ready, gone = iteration.program, [], []
+        vacated: list[str] = []  # weights that others are to take the place of
         with self._lock:
             iteration.left -= 1
             iteration.left_ahead -= node in program.ahead
@@ -862,8 +869,14 @@ class Worker:
             for index in program.held_by.get(node, ()):
                 iteration.holds[index] -= 1
                 if not iteration.holds[index]:
-                    gone.append(iteration.values.pop(program.freed[index], None))
+                    value = program.freed[index]
+                    payload = iteration.values.pop(value, None)
+                    gone.append(payload)
+                    if payload is None and value.name in program.renewed:
+                        vacated.append(value.name)
         del gone  # outside of the lock: large memory takes its time to go
+        for name in vacated:
+            self.shard.vacate(name)
         return ready
 
     def _record(self, iteration: Iteration, node: int, queue: str, start: float, end: float) -> None:
