@@ -23,6 +23,6 @@ def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[st
     def stages(depth: int) -> Sequence[Stage]:
         count = len(cluster.devices)
         warmup = [min(count - p, depth) for p in range(count)]
-        return straight_stages(workload, costs, cluster, workload.batch_size, lambda _: warmup, stashed=True)
+        return straight_stages(workload, costs, cluster, workload.batch_size, lambda _: warmup, copies=warmup)
 
     return plan_stashing("pipedream-async", workload, costs, cluster, stages, options["batches_per_flush"])

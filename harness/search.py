@@ -113,19 +113,19 @@ def straight_stages(
     warmup: Callable[[int], Sequence[int]],
     whole_stacks: bool = False,
     cuts: object = TIME,
-    stashed: bool = False,
+    copies: Sequence[int] = (),
 ) -> list[Stage]:
     """One stage per device in rank order, balanced by `cuts` among the cuts that fit the devices' memory.
 
-    With `stashed` weights what is in flight are whole batches, each with a version of the weights.
+    Where each stage has so many `copies` of what is trained, or of its gradients, what is in flight are whole batches.
     Where no cut seems to fit, the balanced one is taken: what it lacks is for the simulator to say. With `whole_stacks`
     a stage of several has layers of the encoder or of the decoder, as far as there are stages for both.
     """
     if cuts not in CUTS:
         raise unknown_name("way to cut the model", str(cuts), CUTS)
     count = len(micro_batches(workload.batch_size, rows))
-    in_flight = [ahead if stashed else min(ahead, count) for ahead in warmup(count)]
-    versions = in_flight if stashed else [1] * len(in_flight)
+    in_flight = [ahead if copies else min(ahead, count) for ahead in warmup(count)]
+    versions = copies or [1] * len(in_flight)
     stacks = layer_stacks(costs)
     of_unit = [stack for (first, last), stack in zip(costs.layers, stacks, strict=True) for _ in range(first, last)]
     directions = (FORWARD, BACKWARD) if costs.training else (FORWARD,)
@@ -286,13 +286,13 @@ def summary(costs: Costs, stages: Sequence[Stage], size: int, phase: Phase) -> I
     """What a record says of a pipeline with micro-batches of `size` rows."""
     yield "grouping", [len(stage.devices) for stage in stages]
     yield "devices", [list(stage.devices) for stage in stages]
-    yield "layer_cuts", [_layers(costs, stage.units) for stage in stages]
+    yield "layer_cuts", [layers_of(costs, stage.units) for stage in stages]
     yield "rows", [[high - low for low, high in stage.rows(phase.micro_batches[0])] for stage in stages]
     yield "micro_batch_size", size
     yield "num_micro_batches", len(phase.micro_batches)
 
 
-def _layers(costs: Costs, units: Range) -> list[int]:
+def layers_of(costs: Costs, units: Range) -> list[int]:
     """The layers [first, last) of a unit range that is cut at layers."""
     starts = [first for first, _ in costs.layers]
     return [starts.index(units[0]), starts.index(units[1]) if units[1] < len(costs.units) else len(starts)]

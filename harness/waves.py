@@ -18,16 +18,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 
+from harness.cluster import Cluster
 from harness.costs import Costs
-from harness.errors import Unsupported
-from harness.plan import Action, Combine, Free, Phase, Recv, Send, Shard, Step, Tensor, Value
+from harness.errors import OutOfMemory, Unsupported
+from harness.plan import Action, Combine, Free, Phase, Plan, Recv, Send, Shard, Step, Tensor, Value
 from harness.plan.updates import LOCAL, SERVED
 from harness.plan.values import Range
 from harness.schedules import Pipeline, Stage, StageWorker, gradients_of, next_version
-from harness.stashing import Group, StashingPipeline, StashingWorker
+from harness.search import fastest, layers_of, straight_stages
+from harness.stashing import Group, StashingPipeline, StashingWorker, rounds
+from harness.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,10 @@ class Waves:
 
     def phase(self, batches: Sequence[int], name: str = "train", repeat: int = 1) -> Phase:
         """One round of mini-batches of these row counts, which are dealt to the workers in turn."""
-        phases = [pipeline.phase(batches, self.warmup(pipeline.stages), name, repeat) for pipeline in self.pipelines]
+        phases = [
+            pipeline.phase(batches, in_flight_of(self.wave, len(pipeline.stages)), name, repeat)
+            for pipeline in self.pipelines
+        ]
         shards: dict[str, Shard] = {}
         for number, part in enumerate(phases):
             for device, shard in part.shards.items():
@@ -101,7 +107,7 @@ class Waves:
         live = {device: values for part in phases for device, values in part.live.items()}
         for weights, server in self.servers.items():
             live[server] = (*live[server], Value(served(weights)))
-        shared = [weights for weights in self.holders if ":" in weights]
+        shared = [weights for weights in self.holders if weights.startswith("weights:")]
         return replace(
             phases[0],
             shards=shards,
@@ -109,10 +115,6 @@ class Waves:
             live=live,
             tied={gradients_of(w): tuple(d for devices in self.holders[w] for d in devices) for w in shared},
         )
-
-    def warmup(self, stages: Sequence[Stage]) -> list[int]:
-        """How many mini-batches each stage of a worker has in flight."""
-        return [self.wave if p == 0 else min(self.wave, len(stages) - p) for p in range(len(stages))]
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,8 @@ class _WaveWorker(StashingWorker):
             heard = self.waves.distance == 0 and len(pushed + own) == self.workers
             kept = () if heard else (before,)
             yield Step(self._units(group), (total,), (before,), (next_version(before),), kept=kept)
-            yield Free((*kept, *((total, *pushed[1:]) if pushed else ())))
+            if spent := (*kept, *((total, *pushed[1:]) if pushed else ())):
+                yield Free(spent)
             if wave + 1 + self.waves.distance < self.num_waves or wave + 1 == self.num_waves:
                 for devices in self.waves.holders[weights]:
                     for device in devices:
@@ -267,3 +270,86 @@ class _WaveWorker(StashingWorker):
 def served(weights: str) -> str:
     """The name of the server's copy of the value `weights...`."""
     return SERVED + weights.removeprefix(LOCAL)
+
+
+def in_flight_of(wave: int, num_stages: int) -> list[int]:
+    """How many mini-batches each stage of a worker has in flight."""
+    return [wave, *(min(wave, num_stages - p) for p in range(1, num_stages))]
+
+
+def plan_waves(
+    method: str,
+    workload: Workload,
+    costs: Costs,
+    cluster: Cluster,
+    groupings: Sequence[Sequence[Sequence[str]]],
+    distance: int,
+    batches_per_flush: int,
+) -> Plan:
+    """The fastest of the `groupings` into virtual workers, which are device names in pipeline order.
+
+    Whole batches are mini-batches. A wave has as many as the longest worker has stages, or fewer where memory is short.
+    Raises OutOfMemory where nothing fits.
+    """
+
+    def largest_wave(workers: Sequence[Sequence[str]]) -> Plan:
+        misses: list[OutOfMemory] = []
+        for wave in range(max(map(len, workers)), 0, -1):
+            candidate = partial(_plan, method, workload, costs, cluster, workers, wave, distance, batches_per_flush)
+            try:
+                return fastest([candidate], costs, cluster)
+            except OutOfMemory as miss:
+                misses.append(miss)
+        raise min(misses, key=lambda miss: miss.needed_bytes - miss.available_bytes)
+
+    return fastest([partial(largest_wave, workers) for workers in groupings], costs, cluster)
+
+
+def _plan(
+    method: str,
+    workload: Workload,
+    costs: Costs,
+    cluster: Cluster,
+    workers: Sequence[Sequence[str]],
+    wave: int,
+    distance: int,
+    batches_per_flush: int,
+) -> Plan:
+    cut = tuple(tuple(_stages(workload, costs, cluster, devices, wave, distance)) for devices in workers)
+    waves = Waves(costs, cut, wave, distance, workload.optimizer, clip=workload.clip_norm is not None)
+    built: dict[tuple[tuple[int, ...], int], Phase] = {}
+    phases: list[Phase] = []
+    for batches, repeat in rounds(workload, batches_per_flush, first=(2 + distance) * wave * len(workers)):
+        if (batches, repeat) not in built:
+            built[batches, repeat] = waves.phase(batches, f"round of {len(batches)}", repeat)
+        phases.append(built[batches, repeat])
+    return Plan(
+        method=method,
+        num_units=len(costs.units),
+        tensors=waves.tensors,
+        phases=tuple(phases),
+        summary={
+            "virtual_workers": [list(devices) for devices in workers],
+            "layer_cuts": [[layers_of(costs, stage.units) for stage in stages] for stages in cut],
+            "micro_batch_size": workload.batch_size,
+            "num_micro_batches": 1,
+            "wave": wave,
+            "local_staleness": wave - 1,
+            "clock_distance": distance,
+            "batches_per_flush": max(len(phase.micro_batches) for phase in phases),
+        },
+    )
+
+
+def _stages(
+    workload: Workload, costs: Costs, cluster: Cluster, devices: Sequence[str], wave: int, distance: int
+) -> list[Stage]:
+    """Stages of a worker, balanced among the cuts that fit its devices.
+
+    Beside the versions in flight a stage has gradients that wait for the first one, the sums of the waves that it has
+    not got back yet, and about one server's copy.
+    """
+    own = replace(cluster, devices=tuple(cluster.device(name) for name in devices))
+    ahead = in_flight_of(wave, len(devices))
+    copies = [wave + 2 + distance for _ in ahead]
+    return straight_stages(workload, costs, own, workload.batch_size, lambda _: ahead, copies=copies)
