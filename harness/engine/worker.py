@@ -338,6 +338,9 @@ class Worker:
         iteration = Iteration(number, phase, index, step, program, sample_ids, rehearsal, token)
         by_name = {value.name: payload for value, payload in carried.items()}
         iteration.values = {value: by_name.get(value.name) for value in program.phase.live.get(self.device, ())}
+        for value, holders in zip(program.freed, program.holds, strict=True):
+            if not holders:  # nobody touches it before it goes
+                self._let_go(iteration, value)
         with self._lock:
             self._current = iteration
         for node in program.sends:
@@ -413,7 +416,7 @@ class Worker:
             if value.name not in left and self.plan.tensors[value.name].kind == "weights":
                 self.shard.release(value.name)
         for value, payload in carried.items():
-            if not isinstance(payload, Bundle):
+            if not isinstance(payload, Bundle) or value.name.startswith(SERVED):
                 continue
             if self.plan.tensors[value.name].kind == "weights":
                 self.shard.adopt(value.name, payload)
@@ -614,7 +617,9 @@ class Worker:
             self.shard.step(names, norm)
         for name in names:
             self.shard.drop_gradients(name)  # what is still being sent is held as a value
-        self._write_next(iteration, action)
+        for value in action.writes:
+            before = value._replace(version=value.version - 1)
+            iteration.values[value] = None if before in action.kept else iteration.values.pop(before)
 
     def _serve(self, iteration: Iteration, action: Step) -> None:
         """An update of a parameter server's weights."""
@@ -624,13 +629,11 @@ class Worker:
         for weights, gradient in zip(action.writes, action.gradients, strict=True):
             if not iteration.rehearsal:
                 self.shard.serve(weights.name, self._bundle(iteration, gradient))
-        self._write_next(iteration, action)
-
-    @staticmethod
-    def _write_next(iteration: Iteration, action: Step) -> None:
         for value in action.writes:
             before = value._replace(version=value.version - 1)
-            iteration.values[value] = None if before in action.kept else iteration.values.pop(before)
+            if before not in action.kept:
+                iteration.values.pop(before)
+            iteration.values[value] = self.shard.weights_bundle(value.name)  # which a later update may leave
 
     @staticmethod
     def _note(tensor: Tensor | None, storages: set[int], tracker: Tracker) -> None:
@@ -849,7 +852,6 @@ class Worker:
     def _end(self, iteration: Iteration, node: int) -> list[int]:
         """Let go of what nobody needs any more, and wake who may go on. Returns sums that are due."""
         program, ready, gone = iteration.program, [], []
-        vacated: list[str] = []  # weights that others are to take the place of
         with self._lock:
             iteration.left -= 1
             iteration.left_ahead -= node in program.ahead
@@ -869,15 +871,16 @@ class Worker:
             for index in program.held_by.get(node, ()):
                 iteration.holds[index] -= 1
                 if not iteration.holds[index]:
-                    value = program.freed[index]
-                    payload = iteration.values.pop(value, None)
-                    gone.append(payload)
-                    if payload is None and value.name in program.renewed:
-                        vacated.append(value.name)
+                    gone.append(self._let_go(iteration, program.freed[index]))
         del gone  # outside of the lock: large memory takes its time to go
-        for name in vacated:
-            self.shard.vacate(name)
         return ready
+
+    def _let_go(self, iteration: Iteration, value: Value) -> Payload:
+        """The value is gone; so are weights that others are to take the place of. Returns what it was made of."""
+        payload = iteration.values.pop(value, None)
+        if payload is None and value.name in iteration.program.renewed:
+            self.shard.vacate(value.name)
+        return payload
 
     def _record(self, iteration: Iteration, node: int, queue: str, start: float, end: float) -> None:
         self._busy[queue] += end - start
