@@ -576,8 +576,9 @@ class Worker:
     def _renew(self, iteration: Iteration, write: Value, content: Payload) -> None:
         """Weights that have been pulled are computed with from now on; passes in flight have the ones before."""
         assert isinstance(content, Bundle)
-        for value in [value for value, held in iteration.values.items() if value.name == write.name and held is None]:
-            iteration.values[value] = self.shard.weights_bundle(write.name)
+        for value, payload in tuple(iteration.values.items()):  # others may come in meanwhile
+            if value.name == write.name and payload is None:
+                iteration.values[value] = self.shard.weights_bundle(write.name)
         self.shard.move_weights(write.name, content)
         iteration.values[write] = None
         self._note_weights(write.name)
