@@ -27,7 +27,7 @@ from harness.plan import Plan
 from harness.plan.serial import from_json, to_json
 from harness.plan.validate import validate
 from harness.schedules import Stage
-from harness.simulator import simulate
+from harness.simulator import own_seconds, simulate
 from harness.stashing import StashingPipeline, rounds
 from harness.threads import one_thread
 from harness.workload import Workload
@@ -180,21 +180,34 @@ def test_one_stage_is_plain_sgd() -> None:
     assert all(torch.equal(weights[name], parameter) for name, parameter in wanted.items())
 
 
-@pytest.mark.parametrize("groups", [STRAIGHT, [(2, (1, 1)), (0, (1,))]], ids=["straight", "replicated"])
-@pytest.mark.parametrize("model", ["bert-tiny", "t5-tiny"])
+@pytest.mark.parametrize(
+    ("model", "speed", "groups"),
+    [
+        ("bert-tiny", 0.1, STRAIGHT),
+        pytest.param("bert-tiny", 0.1, [(2, (1, 1)), (0, (1,))], marks=pytest.mark.slow),
+        pytest.param("t5-tiny", 0.02, STRAIGHT, marks=pytest.mark.slow),
+        pytest.param("t5-tiny", 0.02, [(2, (1, 1)), (0, (1,))], marks=pytest.mark.slow),
+    ],
+    ids=["bert", "bert-replicated", "t5-tied", "t5-tied-replicated"],
+)
 def test_tracked_memory_equals_the_ledger(
-    model: str, groups: list[tuple[int, tuple[float, ...]]], folder: Path
+    model: str, speed: float, groups: list[tuple[int, tuple[float, ...]]], folder: Path
 ) -> None:
-    """Of the first round, which is watched. Weights to the byte: stage p of P has P - p versions of its own."""
-    workload = replace(LONG, model=model, dtype="float32", epochs=1)
+    """Of the first round, which is watched. Weights to the byte: stage p of P has P - p versions of its own.
+
+    Of slow devices that are played, since the most that is held at once depends on when it comes.
+    """
+    workload = replace(LONG, model=model, dtype="float32", steps=4)
     plan, costs = by_hand(workload, groups), profile.count(workload)
-    seen = run_devices(plan, workload, folder).execution.trace
-    wanted = simulate(plan, costs, cluster(len(plan.devices), memory_bandwidth=1e10)).phases[0].memory
+    slow = cluster(len(plan.devices), bandwidth=1e9, memory_bandwidth=1e10, speeds=(speed,) * len(plan.devices))
+    seen = run_devices(plan, workload, folder, pace=own_seconds(plan, costs, slow)).execution.trace
+    wanted = simulate(plan, costs, slow).phases[0].memory
     phase, stages = plan.phases[0], layered_stages(workload, groups)
     for device in plan.devices:
         for kind in ("weights", "optimizer", "buffers"):
             assert seen.memory_bytes[device][kind] == wanted[device].kinds[kind], (device, kind)
-        assert seen.peak_bytes[device] == pytest.approx(wanted[device].nbytes, rel=0.05)
+        if len(plan.devices) == len(stages):  # in a ring it is left open whose piece comes first
+            assert seen.peak_bytes[device] == pytest.approx(wanted[device].nbytes, rel=0.05)
         if not phase.tied:
             versions = sum(stage.units[0] >= phase.shards[device].units[0] for stage in stages)
             held = sum(plan.bytes(value) for value in phase.live[device] if value.name.startswith("weights"))
