@@ -199,15 +199,17 @@ class Record(Part):
     planning_time_s: float | None = None
     plan: dict[str, JsonValue] | None = Field(default=None, description="the plan's summary: grouping, cuts, shares")
 
-    loss: float | None = Field(default=None, description="mean training loss per sample in the last iteration")
-    losses: list[float] | None = Field(default=None, description="mean training loss per sample of every iteration")
+    loss: float | None = Field(default=None, description="mean training loss per sample of the last batch")
+    losses: list[float] | None = Field(default=None, description="mean training loss per sample of every batch")
     metric: float | None = Field(
         default=None,
         description="where it was evaluated: the data set's metric on its validation split, in points, of which 100 "
         "are perfect; a correlation with constant predictions counts as 0",
     )
     max_rel_error: float | None = Field(
-        default=None, description="where it was verified: distance of what was trained from the same on one device"
+        default=None,
+        description="where it was verified: distance of what was trained from the same on one device, with weights as "
+        "stale as the method has them",
     )
     emulation: dict[str, JsonValue] | None = Field(
         default=None, description="what the emulated testbed measured of itself before the run"

@@ -85,9 +85,14 @@ def micro_batches(batch_size: int, micro_batch_size: int) -> tuple[int, ...]:
     return (micro_batch_size,) * full + ((rest,) if rest else ())
 
 
+def in_flight(warmup: int, count: int) -> int:
+    """How many of `count` micro-batches a stage has in flight at most."""
+    return min(max(warmup, 1), count)
+
+
 def one_f_one_b(warmup: int, count: int) -> Iterator[tuple[str, int]]:
     """`warmup` forwards, then one backward and one forward in turn, then the drain. warmup = count is GPipe."""
-    ahead = min(max(warmup, 1), count)
+    ahead = in_flight(warmup, count)
     for m in range(ahead):
         yield FORWARD, m
     for m in range(count):
@@ -183,6 +188,11 @@ class Pipeline:
     def cached(self) -> bool:
         return bool(self.costs.loaded)
 
+    @property
+    def worker(self) -> type[StageWorker]:
+        """What writes the action lists."""
+        return StageWorker
+
     def kept_outputs(self, stage: Stage) -> list[str]:
         """What the stage makes as a value and itself keeps for its backward pass."""
         kept = self.costs.saves(*stage.units) if self.costs.training else frozenset()
@@ -252,8 +262,8 @@ class Pipeline:
                 rows = [self.rows(stage, count) for count in batches]
                 for i, device in enumerate(stage.devices):
                     mine = tuple(r[i] for r in rows)
-                    worker = _Worker(self, p, i, mine, tuple(batches))
-                    actions[device] = tuple(worker.iteration(warmup[p]))
+                    worker = self.worker(self, p, i, mine, tuple(batches))
+                    actions[device] = tuple(worker.iteration(warmup))
                     live[device] = worker.live
                     shards[device] = Shard(stage.units, mine)
         return Phase(
@@ -273,7 +283,7 @@ class Pipeline:
         )
 
 
-class _Worker:
+class StageWorker:
     """Writes the action list of one device, number `i` of stage p, which works on `rows[m]` of micro-batch m."""
 
     def __init__(self, pipeline: Pipeline, p: int, i: int, rows: tuple[Range, ...], batches: tuple[int, ...]) -> None:
@@ -302,14 +312,23 @@ class _Worker:
         entering = (*self.entering, *self.loaded)
         self.kept = [*(name for name in entering if name in kept), *pipeline.kept_outputs(self.stage)]
 
-    def iteration(self, warmup: int) -> Iterator[Action]:
+    def iteration(self, warmup: Sequence[int]) -> Iterator[Action]:
+        """The device's actions; stage p keeps warmup[p] micro-batches in flight."""
         if not self.costs.training:
             for m in range(len(self.rows)):
                 yield from self._forward(m)
             return
-        for direction, m in one_f_one_b(warmup, len(self.rows)):
+        for direction, m in one_f_one_b(warmup[self.p], len(self.rows)):
             yield from self._forward(m) if direction == FORWARD else self._backward(m)
         yield from self._update()
+
+    def _weights(self, m: int) -> tuple[Value, ...]:
+        """The weights that micro-batch m is computed with, in the version that it began with."""
+        return self.weights
+
+    def _gradients(self, m: int) -> tuple[Value, ...]:
+        """The weight gradients to which micro-batch m adds."""
+        return tuple(value for value, _ in self.gradients)
 
     def _active(self, m: int) -> bool:
         return self.rows[m][0] < self.rows[m][1]
@@ -360,7 +379,7 @@ class _Worker:
             FORWARD,
             m,
             rows,
-            self.weights + self.buffers,
+            self._weights(m) + self.buffers,
             reads=(*(Value(name, m, rows) for name in self.entering if name in self.read), *loaded),
             writes=made + ((self._saved(m),) if training else ()),
         )
@@ -391,10 +410,10 @@ class _Worker:
                 BACKWARD,
                 m,
                 rows,
-                self.weights,
+                self._weights(m),
                 reads=spent,
                 writes=tuple(Value(name, m, rows) for name in going),
-                accumulates=tuple(value for value, _ in self.gradients),
+                accumulates=self._gradients(m),
             )
         yield Free(spent)
         if going:

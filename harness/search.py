@@ -167,16 +167,19 @@ def straight_stages(
     warmup: Callable[[int], Sequence[int]],
     whole_stacks: bool = False,
     cuts: object = TIME,
+    copies: Sequence[int] = (),
 ) -> list[Stage]:
     """One stage per device in rank order, balanced by `cuts` among the cuts that fit the devices' memory.
 
+    Where each stage has so many `copies` of what is trained, or of its gradients, what is in flight are whole batches.
     Where no cut seems to fit, the balanced one is taken: what it lacks is for the simulator to say. With `whole_stacks`
     a stage of several has layers of the encoder or of the decoder, as far as there are stages for both.
     """
     if cuts not in CUTS:
         raise unknown_name("way to cut the model", str(cuts), CUTS)
     count = len(micro_batches(workload.batch_size, rows))
-    in_flight = [min(ahead, count) for ahead in warmup(count)]
+    in_flight = [ahead if copies else min(ahead, count) for ahead in warmup(count)]
+    versions = copies or [1] * len(in_flight)
     stacks = layer_stacks(costs)
     of_unit = [stack for (first, last), stack in zip(costs.layers, stacks, strict=True) for _ in range(first, last)]
     directions = (FORWARD, BACKWARD) if costs.training else (FORWARD,)
@@ -186,7 +189,9 @@ def straight_stages(
         return float("inf") if whole and of_unit[first] != of_unit[last - 1] else 0.0
 
     def memory(stage: int, first: int, last: int) -> float:
-        return shape(stage, first, last) or stage_bytes(costs, workload.optimizer, first, last, rows, in_flight[stage])
+        return shape(stage, first, last) or stage_bytes(
+            costs, workload.optimizer, first, last, rows, in_flight[stage], versions[stage]
+        )
 
     def generous(stage: int, first: int, last: int) -> float:
         """With what a pass makes on its way, as if that came on top of the most that is kept."""
@@ -205,12 +210,15 @@ def straight_stages(
     return [Stage(units, (device,), (1,)) for units, device in zip(found, cluster.names, strict=True)]
 
 
-def stage_bytes(costs: Costs, optimizer: str, first: int, last: int, rows: int, in_flight: int) -> float:
-    """Weights, gradients, optimizer state, buffers, and what `in_flight` micro-batches of `rows` keep or hand on."""
+def stage_bytes(
+    costs: Costs, optimizer: str, first: int, last: int, rows: int, in_flight: int, versions: int = 1
+) -> float:
+    """Weights, of those that are trained so many `versions`, gradients, optimizer state, buffers, and what `in_flight`
+    micro-batches of `rows` keep or hand on."""
     weights, trained = costs.weight_bytes(first, last)
     handed = [name for name in costs.carried(first) if name in costs.saves(first, last)]
     kept = costs.saved(first, last).at(rows) + sum(costs.tensors[name].bytes(rows) for name in handed)
-    copies = 1 + OPTIMIZER_STATE_COPIES[optimizer]
+    copies = versions + OPTIMIZER_STATE_COPIES[optimizer]
     return weights + copies * trained + costs.buffers_bytes(first, last) + in_flight * kept
 
 
@@ -329,15 +337,16 @@ def _plan(
 
 
 def summary(costs: Costs, stages: Sequence[Stage], size: int, phase: Phase) -> Iterator[tuple[str, object]]:
+    """What a record says of a pipeline with micro-batches of `size` rows."""
     yield "grouping", [len(stage.devices) for stage in stages]
     yield "devices", [list(stage.devices) for stage in stages]
-    yield "layer_cuts", [_layers(costs, stage.units) for stage in stages]
+    yield "layer_cuts", [layers_of(costs, stage.units) for stage in stages]
     yield "rows", [[high - low for low, high in stage.rows(phase.micro_batches[0])] for stage in stages]
     yield "micro_batch_size", size
     yield "num_micro_batches", len(phase.micro_batches)
 
 
-def _layers(costs: Costs, units: Range) -> list[int]:
+def layers_of(costs: Costs, units: Range) -> list[int]:
     """The layers [first, last) of a unit range that is cut at layers."""
     starts = [first for first, _ in costs.layers]
     return [starts.index(units[0]), starts.index(units[1]) if units[1] < len(costs.units) else len(starts)]

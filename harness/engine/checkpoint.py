@@ -29,8 +29,8 @@ LOSSES = "losses"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: whole epochs, phases of its plan, iterations that have trained, and iterations of phases that
-    only move what belongs to samples."""
+    """How far a run is: whole epochs, phases of its plan, batches that have been trained with, and iterations of phases
+    that only move what belongs to samples."""
 
     epochs: int = 0
     phases: int = 0
@@ -49,10 +49,10 @@ def epoch_ends(plan: Plan, workload: Workload, begin: Progress = BEGINNING) -> d
     found: dict[int, Progress] = {}
     now, samples = begin, begin.epochs * workload.num_samples
     for place, phase in enumerate(plan.phases[:-1]):
-        trained = phase.repeat if phase.shards else 0
+        trained = phase.repeat * len(phase.updates) if phase.shards else 0
         moved = phase.repeat if phase.micro_batches and not phase.shards else 0
         now = replace(now, phases=now.phases + 1, trained=now.trained + trained, moved=now.moved + moved)
-        samples += trained * phase.batch_size
+        samples += phase.repeat * phase.batch_size if phase.shards else 0
         if trained and samples % workload.num_samples == 0:
             now = replace(now, epochs=samples // workload.num_samples)
             found[place] = now

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from harness.engine.dropout import KeyedDropout
 from harness.engine.tensors import Bundle
@@ -18,6 +18,7 @@ from harness.models.layered import RESULTS, Layered
 from harness.models.shards import absent, complete, fill
 from harness.optimizers import optimizer_for
 from harness.plan import Compute, Plan, Value
+from harness.plan.updates import LOCAL, SERVED
 from harness.plan.values import Range
 from harness.workload import Workload
 
@@ -41,7 +42,8 @@ class ModelShard:
 
     Weights are grouped as in the plan: `weights@a:b` are the parameters that the units [a, b) use, or the trained ones
     of them where `frozen@a:b` are the others; `weights:name` is a single one that several stages hold. `gradients...`
-    and `optimizer...` go with them, `buffers@a:b` likewise.
+    and `optimizer...` go with them, `buffers@a:b` likewise. `global...` is a parameter server's copy of `weights...`,
+    which begins as these are.
     """
 
     def __init__(self, layered: Layered, workload: Workload, plan: Plan, device: torch.device) -> None:
@@ -58,7 +60,11 @@ class ModelShard:
     def weights(self, name: str) -> list[nn.Parameter]:
         """Parameters of the value `weights...`, in the order in which the units first use them."""
         if name not in self._parameters:
-            self._parameters[name] = self._find(name)
+            if name.startswith(SERVED):
+                own = self.weights(LOCAL + name.removeprefix(SERVED))
+                self._parameters[name] = [nn.Parameter(p.detach().clone()) for p in own]
+            else:
+                self._parameters[name] = self._find(name)
         return self._parameters[name]
 
     def check(self, value: Value) -> None:
@@ -117,6 +123,7 @@ class ModelShard:
     def complete(self, path: Path, values: Sequence[Value]) -> None:
         """Read from the model's file what of the weights among the values has no content yet."""
         names = [value.name for value in values if self.plan.tensors[value.name].kind == "weights"]
+        names = [name for name in names if not name.startswith(SERVED)]
         missing = [p for name in names for p in self.weights(name) if absent(p)]
         complete(self.layered, self.workload, path, missing)
         for parameter in missing:
@@ -209,6 +216,49 @@ class ModelShard:
             parameter.grad = torch.zeros_like(parameter)
         return parameter.grad
 
+    def take_gradients(self, name: str, content: Bundle) -> None:
+        """The next backward pass adds to these gradients, the next step uses them."""
+        for parameter, piece in zip(self.trained(name), content.pieces, strict=True):
+            parameter.grad = piece.view(parameter.shape)
+
+    def renew_weights(self, name: str) -> Bundle:
+        """Copy the value `weights...` for its next version, in memory of its own. Returns the old one.
+
+        Passes that have begun keep the old memory (see `forward`), gradients still come to the same parameters.
+        """
+        old = self.weights_bundle(name)
+        for parameter in self.weights(name):
+            parameter.data = parameter.data.clone()
+        return old
+
+    def vacate(self, name: str) -> None:
+        """Let go of the value `weights...` until `move_weights` brings another one."""
+        for parameter in self.weights(name):
+            parameter.data = parameter.data.new_empty(()).expand(parameter.shape)
+
+    def move_weights(self, name: str, content: Bundle) -> None:
+        """The value `weights...` is this from now on, in this memory."""
+        first = 0
+        for parameter in self.weights(name):
+            last = first + parameter.numel()
+            (piece,) = content.slice(first, last).pieces
+            parameter.data = piece.view(parameter.shape)
+            first = last
+
+    def serve(self, name: str, gradients: Bundle) -> None:
+        """The optimizer's update of the value `global...`."""
+        parameters, first = self.weights(name), 0
+        for parameter in parameters:
+            last = first + parameter.numel()
+            (piece,) = gradients.slice(first, last).pieces
+            parameter.grad = piece.view(parameter.shape)
+            first = last
+        if name not in self._optimizers:
+            self._optimizers[name] = optimizer_for(self.workload, parameters)
+        self._optimizers[name].step()
+        for parameter in parameters:
+            parameter.grad = None
+
     def drop_gradients(self, name: str) -> None:
         """The next backward pass makes new ones. The memory lives as long as somebody holds the old ones."""
         for parameter in self.trained(name):
@@ -235,9 +285,12 @@ class ModelShard:
         step: int,
         sample_ids: Sequence[int],
         decoding: bool = False,
+        stashed: bool = False,
     ) -> tuple[dict[str, Tensor], Saved]:
         """One pass over the units of the action, in a phase that may be `decoding`.
 
+        stashed: weights may be renewed before the backward pass. Of a parameter autograd keeps the object, whose memory
+        is another one by then; so it is given the memory itself.
         batch: the rows of the data set; entering: what was made before, rows first, in the pieces that
         `harness.plan.pieces` says. Returns every tensor that later units or the run want, cut off from autograd, and
         what the backward pass needs.
@@ -254,8 +307,12 @@ class ModelShard:
             for name, tensor in entering.items()
         }
         values = {**batch, **leaves}
-        masks = self.masks.samples(step, sample_ids) if self.workload.dropout != 0 else nullcontext()
-        with torch.enable_grad(), masks:
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            if stashed:
+                stack.enter_context(saved_tensors_hooks(Tensor.detach, lambda kept: kept))
+            if self.workload.dropout != 0:
+                stack.enter_context(self.masks.samples(step, sample_ids))
             made = self.layered.run(first, last, values, self.masks.enter, wanted, action.tokens)
         roots = {
             name: get_gradient_edge(tensor)
@@ -306,11 +363,14 @@ class ModelShard:
         """Bytes that stay from iteration to iteration, by kind."""
         states = [state for optimizer in self._optimizers.values() for state in optimizer.state.values()]
         tensors: dict[str, list[Tensor]] = {
-            "weights": [p for p in self.layered.root.parameters() if not absent(p)],
+            "weights": [p for p in (*self.layered.root.parameters(), *self._served()) if not absent(p)],
             "buffers": self.buffers(),
             "optimizer": [t for state in states for t in state.values() if isinstance(t, Tensor)],
         }
         return {kind: sum(t.numel() * t.itemsize for t in held) for kind, held in tensors.items()}
+
+    def _served(self) -> list[nn.Parameter]:
+        return [p for name, parameters in self._parameters.items() if name.startswith(SERVED) for p in parameters]
 
 
 def _gradients(state: str) -> str:

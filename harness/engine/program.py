@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from harness.plan.actions import COMPUTE, NIC_OUT, QUEUES, STORAGE, Action, Collective, Combine, Load, Recv, Send
+from harness.plan.actions import COMPUTE, NIC_OUT, QUEUES, STORAGE, Action, Collective, Combine, Load, Recv, Send, Step
 from harness.plan.flow import link
 from harness.plan.graph import Graph, check_order
 from harness.plan.plan import Phase, Plan
@@ -26,6 +26,7 @@ class Program:
     are those that the node holds. `ahead`: nodes that must have ended before the next iteration begins: they make what
     it begins with, or bring what the peers have sent in this one. `nbytes[node]` of a transfer.
     `collectives[result]`; `lands[node]`: the result of which the transfer, or the copy, fills a part in place.
+    `renewed`: the names of weights of which some versions have memory of their own.
     """
 
     device: str
@@ -46,6 +47,7 @@ class Program:
     nbytes: dict[int, int]
     collectives: dict[Value, Collective]
     lands: dict[int, Value]
+    renewed: frozenset[str]
 
     @property
     def loads(self) -> list[Value]:
@@ -142,7 +144,17 @@ def program(graph: Graph, phase: Phase, device: str) -> Program:
         nbytes={node: graph.nbytes[node] for node in (*sends, *arriving)},
         collectives={a.result: a for a in phase.actions[device] if isinstance(a, Collective)},
         lands=dict(_lands(actions, then)),
+        renewed=frozenset(_renewed(phase.actions[device], phase.live.get(device, ()))),
     )
+
+
+def _renewed(actions: Sequence[Action], live: Sequence[Value]) -> Iterator[str]:
+    weights = {value.name for value in live}
+    for action in actions:
+        if isinstance(action, Step):
+            yield from (value.name for value in action.kept)
+        elif isinstance(action, Combine) and action.write.name in weights:
+            yield action.write.name
 
 
 def _queue(graph: Graph, device: int, queue: str) -> Iterator[int]:

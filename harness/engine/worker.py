@@ -31,6 +31,7 @@ from harness.errors import OrreryError, Unsupported
 from harness.plan import Combine, Compute, Load, Phase, Plan, Recv, Send, Step, Store, Value, pieces
 from harness.plan.actions import COMPUTE, NIC_IN, NIC_OUT, QUEUES, STORAGE, Action
 from harness.plan.flow import is_piece
+from harness.plan.updates import SERVED
 from harness.plan.values import AXES, joined_axis
 from harness.profile.track import Tracker
 from harness.samples import Dataset
@@ -53,7 +54,8 @@ MOST_LATE_AT_FIRST, MOST_LATE = 0.5, 0.10
 class Iteration:
     """One iteration on this device: what it holds, and what each of its nodes still waits for.
 
-    `token`: of its request how many have been generated before.
+    `token`: of its request how many have been generated before. `losses`: of each update, summed over its rows here.
+    `step`: how many updates there were before.
     """
 
     number: int
@@ -74,22 +76,26 @@ class Iteration:
         self.waits, self.holds = dict(program.waits), list(program.holds)
         self.left, self.left_ahead = len(program.actions), len(program.ahead)
         self.admitted = dict.fromkeys(program.receives, 0)
+        self.losses = [0.0] * len(program.phase.updates)
 
 
 class _Ahead:
-    """The sample ids of iterations, and a look at those of the next one."""
+    """The sample ids of iterations, which have one batch or several, and a look at those of the next one."""
 
     def __init__(self, source: Iterator[list[int]]) -> None:
         self._source, self._seen = source, deque[list[int]]()
 
-    def peek(self) -> list[int]:
-        if not self._seen:
+    def peek(self, phase: Phase) -> list[int]:
+        count = len(phase.updates)
+        while len(self._seen) < count:
             self._seen.append(next(self._source))
-        return self._seen[0]
+        return [number for batch in islice(self._seen, count) for number in batch]
 
-    def next(self) -> list[int]:
-        self.peek()
-        return self._seen.popleft()
+    def next(self, phase: Phase) -> list[int]:
+        found = self.peek(phase)
+        for _ in phase.updates:
+            self._seen.popleft()
+        return found
 
 
 class Worker:
@@ -143,7 +149,9 @@ class Worker:
         self._storing: SimpleQueue[tuple[Iteration, int] | None] = SimpleQueue()
         self._tracker: Tracker | None = None
         self._gradient_storages: set[int] = set()
-        self._loss = 0.0
+        self._weight_storages: set[int] = set()
+        #: Bytes of weights that stay from iteration to iteration, and are watched all the same.
+        self._watched_weights = 0
         #: Of every request, or token of one, the samples and what the head, where it is here, has made of them.
         self.answers: list[tuple[Sequence[int], Tensor]] = []
         self._late_s = 0.0
@@ -184,9 +192,11 @@ class Worker:
         self._tracker = tracker = Tracker()
         first = watched_phases(self.plan)[0]
         program, (ids, _) = self.programs[first], self._samples()
-        mine = ids.next()
+        mine = ids.next(program.phase)
         for number in range(REHEARSALS):
             self._prefetch(program, mine, ())
+            if self._tracker is not None:
+                self._watch_weights(program, self._tracker)
             with self._tracker or nullcontext():
                 iteration = self._iteration(number, first, 0, -1, mine, {}, rehearsal=True)
                 self._run(iteration)
@@ -199,7 +209,7 @@ class Worker:
         self._check_pace("in the iteration before the run", MOST_LATE_AT_FIRST)
         for changed, before in zip(self.shard.buffers(), buffers, strict=True):
             changed.copy_(before)
-        self._loss = self._late_s = 0.0
+        self._late_s = 0.0
         self._events.clear()
         self._busy = dict.fromkeys(QUEUES, 0.0)
         self._sent.clear()
@@ -213,14 +223,23 @@ class Worker:
 
     def _moved(self, tracker: Tracker, program: Program) -> dict[str, int]:
         """What the watched iteration made at once, at most, and what is read for the next one meanwhile."""
-        gradients = self._gradient_storages
+        gradients, weights = self._gradient_storages, self._weight_storages
         repeated = program.phase.training and program.phase.repeat > 1
         ahead = sum(self.plan.bytes(value) for value in program.loads) if repeated else 0
         return {
-            "moving": max(tracker.levels()) + ahead,
+            "moving": max(tracker.levels()) + ahead - self._watched_weights,
+            "weights": max(tracker.levels(only=weights)) - self._watched_weights,
             "gradients": max(tracker.levels(only=gradients)),
-            "activations": max(tracker.levels(without=gradients)) + ahead,
+            "activations": max(tracker.levels(without=gradients | weights)) + ahead,
         }
+
+    def _watch_weights(self, program: Program, tracker: Tracker) -> None:
+        """Follow what may go before the iteration ends, since its next version has memory of its own."""
+        for name in program.renewed:
+            for parameter in self.shard.weights(name):
+                tracker.watch(parameter)
+                self._note(parameter, self._weight_storages, tracker)
+                self._watched_weights += parameter.nbytes
 
     def run(self, origin: float, moving: Mapping[str, int]) -> DeviceReport:
         """All phases. `origin`: the perf_counter time that the run's times count from. OrreryError as `rehearse`."""
@@ -237,7 +256,8 @@ class Worker:
             phase = program.phase
             computes, last = bool(phase.shards), phase.repeat - 1
             if place in watched[1:]:
-                memory.append(self._watched(number, place, mine if phase.decoding else ids.peek(), carried, token))
+                rehearsed = mine if phase.decoding else ids.peek(phase)
+                memory.append(self._watched(number, place, rehearsed, carried, token))
                 number += 1
                 self.barrier()  # who has nothing to do here would begin while others still rehearse
             spans: list[tuple[float, float]] = []
@@ -249,8 +269,8 @@ class Worker:
                     self.barrier()
                 began = time.perf_counter()
                 if not phase.decoding:
-                    mine, token = (ids if computes else moved).next() if phase.micro_batches else (), 0
-                self._prefetch(program, mine, ids.peek() if phase.training and index < last else ())
+                    mine, token = (ids if computes else moved).next(phase) if phase.micro_batches else (), 0
+                self._prefetch(program, mine, ids.peek(phase) if phase.training and index < last else ())
                 iteration = self._iteration(REHEARSALS + number, place, index, len(losses), mine, carried, token=token)
                 self._issued_s, self._issues_s = (self._issues_s if index else began), began
                 self._run(iteration)
@@ -258,8 +278,7 @@ class Worker:
                     self._finish(iteration)
                 carried = self._carry(iteration)
                 if computes:
-                    losses.append(self._loss / phase.batch_size)
-                self._loss = 0.0
+                    losses += [loss / rows for loss, rows in zip(iteration.losses, phase.update_rows, strict=True)]
                 number, token = number + 1, token + 1
                 spans.append((began - origin, time.perf_counter() - origin))
                 self.progress(number)
@@ -300,15 +319,18 @@ class Worker:
         """Rehearse the first iteration of a later phase, between it and the one before: no part of the run's time."""
         program = self.programs[place]
         self._gradient_storages.clear()  # of another tracker
-        kept = self._loss, len(self._events), dict(self._busy), dict(self._sent), self._late_s
+        self._weight_storages.clear()
+        self._watched_weights = 0
+        kept = len(self._events), dict(self._busy), dict(self._sent), self._late_s
         self._prefetch(program, sample_ids, ())
         self._tracker = tracker = Tracker()
+        self._watch_weights(program, tracker)
         with tracker:
             iteration = self._iteration(REHEARSALS + number, place, 0, -1, sample_ids, carried, True, token)
             self._run(iteration)
         self._finish(iteration)
         self._tracker = None
-        self._loss, events, self._busy, self._sent, self._late_s = kept
+        events, self._busy, self._sent, self._late_s = kept
         del self._events[events:]
         return PhaseMemory(self._standing(carried), self._moved(tracker, program))
 
@@ -348,6 +370,9 @@ class Worker:
         iteration = Iteration(number, phase, index, step, program, sample_ids, rehearsal, token)
         by_name = {value.name: payload for value, payload in carried.items()}
         iteration.values = {value: by_name.get(value.name) for value in program.phase.live.get(self.device, ())}
+        for value, holders in zip(program.freed, program.holds, strict=True):
+            if not holders:  # nobody touches it before it goes
+                self._let_go(iteration, value)
         with self._lock:
             self._current = iteration
         for node in program.sends:
@@ -426,7 +451,7 @@ class Worker:
                 self.shard.release(value.name)
         for value, payload in carried.items():
             kind = self.plan.tensors[value.name].kind
-            if isinstance(payload, Bundle) and kind in STANDING:
+            if isinstance(payload, Bundle) and kind in STANDING and not value.name.startswith(SERVED):
                 self.shard.take_over(value.name, kind, payload, updates)
                 carried[value] = None
 
@@ -455,9 +480,13 @@ class Worker:
         entering = {value.name: self._tensor(iteration, value) for value in action.reads}
         if pieces.is_part(action):  # modules take views of theirs for granted
             entering = {name: tensor.contiguous() for name, tensor in entering.items()}
-        outputs, saved = self.shard.forward(action, batch, entering, iteration.step, ids, phase.decoding)
+        update = phase.update_of(action.micro_batch)
+        stashed = bool(iteration.program.renewed)
+        outputs, saved = self.shard.forward(
+            action, batch, entering, iteration.step + update, ids, phase.decoding, stashed
+        )
         if "loss" in outputs:
-            self._loss += outputs["loss"].item()
+            iteration.losses[update] += outputs["loss"].item()
         elif "logits" in outputs and self.keeps_answers and not iteration.rehearsal:
             self.answers.append((ids, outputs["logits"]))
         for value in action.writes:
@@ -474,12 +503,15 @@ class Worker:
         fresh = [value for value in action.accumulates if value not in iteration.values]
         for value in fresh:
             self.shard.drop_gradients(value.name)
-        leaving = self.shard.backward(saved, arriving, iteration.program.phase.batch_size)
+        phase = iteration.program.phase
+        leaving = self.shard.backward(saved, arriving, phase.update_rows[phase.update_of(action.micro_batch)])
         for value in action.writes:
             name = value.name.removeprefix(prefix).removesuffix(f"@{action.units[0]}")
             iteration.values[value] = leaving[name]
         for value in fresh:  # autograd adds to the same memory from now on
             iteration.values[value] = self.shard.gradients(value.name)
+            if self._tracker is not None and phase.mini_batches:
+                self._note_gradients(value.name, self._tracker)
 
     def _combine(self, iteration: Iteration, node: int, action: Combine) -> None:
         values, write = iteration.values, action.write
@@ -503,6 +535,8 @@ class Worker:
             for value in others:
                 total.add_(self._held(iteration, value))  # type: ignore[arg-type]
             values[write] = total
+            if write.name in iteration.program.renewed:
+                self._renew(iteration, write, total)
         else:
             (whole,) = action.reads
             piece = self._held(iteration, whole._replace(rows=write.rows, tokens=write.tokens, width=write.width))
@@ -570,24 +604,75 @@ class Worker:
             return flat(torch.zeros(self._shape(value), device=self.shard.device))
         return torch.zeros(self._shape(value), dtype=self.shard.layered_dtype, device=self.shard.device)
 
-    def _step(self, iteration: Iteration, action: Step) -> None:
-        names = [value.name for value in action.gradients]
+    def _renew(self, iteration: Iteration, write: Value, content: Payload) -> None:
+        """Weights that have been pulled are computed with from now on; passes in flight have the ones before."""
+        assert isinstance(content, Bundle)
+        for value, payload in tuple(iteration.values.items()):  # others may come in meanwhile
+            if value.name == write.name and payload is None:
+                iteration.values[value] = self.shard.weights_bundle(write.name)
+        self.shard.move_weights(write.name, content)
+        iteration.values[write] = None
+        self._note_weights(write.name)
+
+    def _note_arrival(self, value: Value, tensor: Tensor, tracker: Tracker) -> None:
+        """Gradients that are pushed and weights that are pulled count as what they are."""
+        kind = self.plan.tensors[value.name].kind
+        storages = {"gradients": self._gradient_storages, "weights": self._weight_storages}.get(kind)
+        if storages is not None:
+            self._note(tensor, storages, tracker)
+
+    def _note_gradients(self, name: str, tracker: Tracker) -> None:
+        for parameter in self.shard.trained(name):
+            self._note(parameter.grad, self._gradient_storages, tracker)
+
+    def _note_weights(self, name: str) -> None:
         if self._tracker is not None:
-            self._note_gradients(names, self._tracker)
+            for parameter in self.shard.weights(name):
+                self._note(parameter, self._weight_storages, self._tracker)
+
+    def _step(self, iteration: Iteration, action: Step) -> None:
+        if any(value.name.startswith(SERVED) for value in action.writes):
+            self._serve(iteration, action)
+            return
+        names = [value.name for value in action.gradients]
+        if iteration.program.phase.mini_batches:  # those of a later one may have been made since
+            for value in action.gradients:
+                self.shard.take_gradients(value.name, self._bundle(iteration, value))
+        if self._tracker is not None:
+            for name in names:
+                self._note_gradients(name, self._tracker)
+        for value in action.kept:
+            iteration.values[value] = self.shard.renew_weights(value.name)
+            self._note_weights(value.name)
         if not iteration.rehearsal:
             norm = None if action.norm is None else self._bundle(iteration, action.norm).pieces[0]
             self.shard.step(names, norm)
         for name in names:
             self.shard.drop_gradients(name)  # what is still being sent is held as a value
         for value in action.writes:
-            iteration.values[value] = iteration.values.pop(value._replace(version=value.version - 1))
+            before = value._replace(version=value.version - 1)
+            iteration.values[value] = None if before in action.kept else iteration.values.pop(before)
 
-    def _note_gradients(self, names: Sequence[str], tracker: Tracker) -> None:
-        for name in names:
-            for parameter in self.shard.trained(name):
-                number = None if parameter.grad is None else tracker.number(parameter.grad)
-                if number is not None:
-                    self._gradient_storages.add(number)
+    def _serve(self, iteration: Iteration, action: Step) -> None:
+        """An update of a parameter server's weights."""
+        for value in action.kept:
+            iteration.values[value] = self.shard.renew_weights(value.name)
+            self._note_weights(value.name)
+        for weights, gradient in zip(action.writes, action.gradients, strict=True):
+            if not iteration.rehearsal:
+                self.shard.serve(weights.name, self._bundle(iteration, gradient))
+        for value in action.writes:
+            before = value._replace(version=value.version - 1)
+            if before not in action.kept:
+                iteration.values.pop(before)
+            iteration.values[value] = self.shard.weights_bundle(value.name)  # which a later update may leave
+
+    @staticmethod
+    def _note(tensor: Tensor | None, storages: set[int], tracker: Tracker) -> None:
+        """The tensor's storage, if it is watched, is one of these."""
+        number = None if tensor is None else tracker.number(tensor)
+        if number is not None:
+            storages.add(number)
 
     # Values as tensors
 
@@ -738,6 +823,8 @@ class Worker:
         tensor = empty_on_host(frame.shape, frame.dtype, self.shard.device)
         if self._tracker is not None:
             self._tracker.watch(tensor)
+            if iteration.program.phase.mini_batches:
+                self._note_arrival(action.value, tensor, self._tracker)
         iteration.arriving[node] = tensor
         return [buffer(tensor)]
 
@@ -820,9 +907,16 @@ class Worker:
             for index in program.held_by.get(node, ()):
                 iteration.holds[index] -= 1
                 if not iteration.holds[index]:
-                    gone.append(iteration.values.pop(program.freed[index], None))
+                    gone.append(self._let_go(iteration, program.freed[index]))
         del gone  # outside of the lock: large memory takes its time to go
         return ready
+
+    def _let_go(self, iteration: Iteration, value: Value) -> Payload:
+        """The value is gone; so are weights that others are to take the place of. Returns what it was made of."""
+        payload = iteration.values.pop(value, None)
+        if payload is None and value.name in iteration.program.renewed:
+            self.shard.vacate(value.name)
+        return payload
 
     def _record(self, iteration: Iteration, node: int, queue: str, start: float, end: float) -> None:
         self._busy[queue] += end - start

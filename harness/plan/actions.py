@@ -27,7 +27,8 @@ class Compute:
 
     A forward pass writes the tensors carried to the next stage and what autograd saves. A backward pass reads
     them with the gradients of the outputs, writes the gradients of the inputs, and adds to `accumulates`, the
-    weight gradients: the first addition of an iteration makes them. `weights` names the version computed with.
+    weight gradients: the first addition of an iteration makes them. `weights` names the version computed with, a
+    backward pass that of its forward pass, which may be older than the newest.
     Of the rows it may be some `tokens`, and of one unit some of the `width` that its cut allows (see
     `harness.plan.pieces`). A `replica` repeats what another device computes.
     """
@@ -80,6 +81,7 @@ class Combine:
 class Step:
     """The optimizer's update of the units [units[0], units[1]): weights and state to their next version, in place.
 
+    What it reads and is `kept` stays, for passes that began with it: its next version has memory of its own.
     `norm` is the square of the norm of all gradients of the phase together, where they are clipped: the update takes
     them times min(1, clip_norm / (sqrt(norm) + 1e-6)), with the workload's `clip_norm`, as
     `torch.nn.utils.clip_grad_norm_` does.
@@ -90,6 +92,7 @@ class Step:
     reads: tuple[Value, ...]
     writes: tuple[Value, ...]
     norm: Value | None = None
+    kept: tuple[Value, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -193,11 +193,18 @@ class _Device:
         size = self.builder.size
         # Read the gradient, read and write the weights, read and write the optimizer's state.
         nbytes = sum(map(size, action.gradients)) + sum(map(size, action.reads)) + sum(map(size, action.writes))
+        nbytes += 2 * sum(map(size, action.kept))  # copied, and the copies are updated in place
+        if strangers := set(action.kept) - set(action.reads):
+            raise self.fail(action, f"{min(strangers, key=str)} is kept, and is not read")
         node = self._node(action, _COMPUTE, nbytes)
         for value in reads(action):
             self._link(self._find(value, action), node, value)
         for value in action.writes:
-            self._take_over(value._replace(version=value.version - 1), value, node, action)
+            before = value._replace(version=value.version - 1)
+            if before in action.kept:
+                self._write(value, node, action)
+            else:
+                self._take_over(before, value, node, action)
 
     def _take_over(self, old: Value, new: Value, node: int, action: Action) -> None:
         """`new` takes over the memory of `old`, which is gone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from harness.costs import Costs
 from harness.plan.actions import Action, Commit
@@ -34,6 +35,8 @@ class Phase:
     phase that is not: it begins, as in training, on every device when that is done with the one before.
     `micro_batches` are row counts; `tied` are the groups of devices that
     hold copies of one parameter (its gradient's value name -> devices).
+    An iteration trains with one batch, of all micro-batches together. Where they are `mini_batches`, each is a batch of
+    its own, in the order of the data, with an update of its own: an iteration begins and ends with an empty pipeline.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Phase:
     leaves: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
     cached: bool = False
     decoding: bool = False
+    mini_batches: bool = False
 
     def leaves_of(self, device: str) -> tuple[Value, ...]:
         return self.leaves.get(device, self.live.get(device, ()))
@@ -71,6 +75,21 @@ class Phase:
     @property
     def batch_size(self) -> int:
         return sum(self.micro_batches)
+
+    @cached_property
+    def updates(self) -> tuple[range, ...]:
+        """The micro-batches of each update of an iteration, in order."""
+        numbers = range(len(self.micro_batches))
+        return tuple(range(m, m + 1) for m in numbers) if self.mini_batches else (numbers,)
+
+    def update_of(self, micro_batch: int) -> int:
+        """The number of the update to which a micro-batch belongs."""
+        return micro_batch if self.mini_batches else 0
+
+    @cached_property
+    def update_rows(self) -> tuple[int, ...]:
+        """The rows of each update."""
+        return tuple(sum(self.micro_batches[m] for m in update) for update in self.updates)
 
 
 @dataclass(frozen=True)

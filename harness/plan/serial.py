@@ -36,7 +36,8 @@ one micro-batch of two rows:
     }
 
 The other actions: send and recv (value, peer), combine (op, reads, write, in_place), load and store (value),
-commit, collective (kind, value, result, group, shares, tiles, axis). A step that clips its gradients also has a norm.
+commit, collective (kind, value, result, group, shares, tiles, axis). A step that clips its gradients also has a norm,
+one that leaves older weights in place for passes that began with them also has those as kept.
 One member of three in the ring that sums up a tensor 100 wide and leaves each member its share of the sum:
 
     {"do": "collective", "kind": "reduce-scatter", "value": "h", "result": "h[w60:100].v1",

@@ -58,7 +58,8 @@ def notation(plan: Plan, action: Action) -> str:
             return f"{action.op} {_listed(map(str, action.reads), ' + ') or 'of nothing'} -> {action.write}{place}"
         case Step():
             clipped = "" if action.norm is None else f" clipped by {action.norm}"
-            return f"step {_listed(map(str, action.writes))}{clipped}"
+            kept = f" beside {_listed(map(str, action.kept))}" if action.kept else ""
+            return f"step {_listed(map(str, action.writes))}{kept}{clipped}"
         case Load() | Store():
             return f"{type(action).__name__.lower()} {_sized(plan, action.value)}"
         case Free():
@@ -92,7 +93,10 @@ def _phase_lines(plan: Plan, phase: Phase, max_actions: int) -> Iterator[str]:
     kind = "training" if phase.training else "one more token" if phase.decoding else "inference"
     kind = kind if phase.shards else "nothing is computed"
     if phase.micro_batches:
-        kind += f", batch of {phase.batch_size} rows in micro-batches of {_runs(phase.micro_batches)}"
+        if phase.mini_batches:
+            kind += f", an update after each mini-batch of {_runs(phase.micro_batches)} rows"
+        else:
+            kind += f", batch of {phase.batch_size} rows in micro-batches of {_runs(phase.micro_batches)}"
     yield f"  {kind}"
     for tied, group in phase.tied.items():
         yield f"  {tied} is summed over {_listed(group)}"

@@ -16,6 +16,7 @@ from harness.plan.graph import InvalidPlan, check_order
 from harness.plan.plan import Phase, Plan
 from harness.plan.storage import check_storage
 from harness.plan.sums import check_sums
+from harness.plan.updates import follow_updates
 from harness.plan.values import Range, Value, joined_axis, saved_name
 
 
@@ -44,7 +45,9 @@ def validate(plan: Plan, costs: Costs) -> dict[str, int]:
             _check_passes(phase, chain)
             _check_flow(phase, chain)
             check_sums(phase, graph, order, chain)
-        if phase.training:
+        if phase.training and phase.mini_batches:
+            follow_updates(phase, plan)
+        elif phase.training:
             check_gradients(phase, plan)
         for device, nbytes in zip(graph.devices, graph.high_water, strict=True):
             high[device] = max(high.get(device, 0), nbytes)
@@ -70,7 +73,7 @@ def _check_succession(before: Phase, after: Phase) -> None:
 
 def _check_passes(phase: Phase, costs: Costs) -> None:
     """Forward passes tile (unit x micro-batch x rows x tokens x width), replicas aside; no pass runs twice on a device,
-    no backward before its forward."""
+    no backward before its forward, or with other weights."""
     forward: dict[int, list[Compute]] = defaultdict(list)
     for device, shard in phase.shards.items():
         if device not in phase.actions:
@@ -83,7 +86,7 @@ def _check_passes(phase: Phase, costs: Costs) -> None:
         live = Counter(value.name for value in phase.live.get(device, ()))
         if twice := [name for name, count in live.items() if count > 1]:
             raise InvalidPlan(f"phase {phase.name!r}: {device} begins with two values of {twice[0]}")
-        done: set[tuple[object, ...]] = set()
+        done: dict[tuple[object, ...], Compute] = {}
         for action in actions:
             if not isinstance(action, Compute):
                 continue
@@ -92,14 +95,19 @@ def _check_passes(phase: Phase, costs: Costs) -> None:
             if broken := pieces.broken_rule(action, costs):
                 raise InvalidPlan(f"{where}: {broken}")
             key = (action.units, action.micro_batch, action.rows, action.tokens, action.width)
-            if (action.direction, *key) in done:
+            this = (action.direction, *key)
+            if this in done:
                 raise InvalidPlan(f"{where}: computed {action.direction} twice")
-            done.add((action.direction, *key))
+            done[this] = action
             if action.direction == FORWARD:
                 if not action.replica:
                     forward[action.micro_batch].append(action)
-            elif (FORWARD, *key) not in done:
+                continue
+            before = done.get((FORWARD, *key))
+            if before is None:
                 raise InvalidPlan(f"{where}: backward without a forward before it")
+            if others := set(action.weights) - set(before.weights):
+                raise InvalidPlan(f"{where}: backward with {min(others, key=str)}, its forward with another version")
     for m, rows in enumerate(phase.micro_batches):
         edges = sorted({0, len(costs.units), *(edge for action in forward[m] for edge in action.units)})
         for first, last in pairwise(edges):
