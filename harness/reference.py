@@ -25,7 +25,9 @@ from harness.samples import Dataset
 from harness.workload import Workload
 
 #: Biases of attention keys add the same to every score of a query, so their gradient is zero, and noise is all of it.
-ZERO_GRADIENTS = ("key.bias", "k_proj.bias", "k_lin.bias")
+#: So do those in front of a convolution of single pixels and a batch norm, which takes every mean away (MobileNetV2's
+#: and EfficientNet's projections; what a depth-wise convolution pads at the border comes near to that).
+ZERO_GRADIENTS = ("key.bias", "k_proj.bias", "k_lin.bias", "reduce_1x1.normalization.bias", "project_bn.bias")
 
 
 @dataclass(frozen=True)
