@@ -72,7 +72,7 @@ def texts(names: Sequence[str], records: Sequence[Record], out: Path) -> Iterato
     """What a terminal shows of what was asked for, part by part."""
     if records:
         yield show.records_table(records)
-    for part in ("agreement", "scores", "quality", "latency", "scaling", "galaxy_claims"):
+    for part in ("agreement", "scores", "quality", "latency", "throughput", "scaling", "system_claims"):
         if text := load_results(part).text(records):
             yield text
     if VALIDATION in _chosen(names):
