@@ -35,7 +35,9 @@ from harness.workload import Workload
 #: `Layered.run` of the first and last unit, the values that are known, and what is called with each unit's name.
 Run = Callable[[int, int, dict[str, Tensor], Callable[[str], None]], dict[str, Tensor]]
 #: Biases of attention keys add the same to every score of a query, so their gradient is zero, and noise is all of it.
-ZERO_GRADIENTS = ("key.bias", "k_proj.bias", "k_lin.bias")
+#: So do those in front of a convolution of single pixels and a batch norm, which takes every mean away (MobileNetV2's
+#: and EfficientNet's projections; what a depth-wise convolution pads at the border comes near to that).
+ZERO_GRADIENTS = ("key.bias", "k_proj.bias", "k_lin.bias", "reduce_1x1.normalization.bias", "project_bn.bias")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +22,9 @@ from harness.simulator import simulate
 from harness.store import write_whole
 from harness.trace import Event, Trace
 from harness.trace_export import read_chrome_trace
-from results import again
+from results import again, throughput
 from results.agreement import Pair
+from results.grids import Grid, label, ratios
 from results.settings import Setting, colour
 from testbeds import library
 
@@ -68,15 +69,15 @@ def draw(setting: Setting, folder: Path) -> Iterator[Figure]:
             yield _loss(setting, record, folder / f"{setting.name}-{label}-{record.model}-{record.mode}-loss")
 
 
-def _palette(setting: Setting, records: Sequence[Record]) -> dict[str, tuple[float, ...]]:
+def _palette(records: Sequence[Record], label: Callable[[Record], str]) -> dict[str, tuple[float, ...]]:
     """The method's colour, the lighter the later of several labels of one method."""
     from matplotlib.colors import to_rgb
 
     labels: dict[str, list[str]] = {}
     for record in records:
         of_method = labels.setdefault(record.method, [])
-        if setting.label(record) not in of_method:
-            of_method.append(setting.label(record))
+        if label(record) not in of_method:
+            of_method.append(label(record))
     return {
         label: tuple(part + (1 - part) * PALEST * place / len(of_method) for part in to_rgb(colour(method)))
         for method, of_method in labels.items()
@@ -99,7 +100,7 @@ def _bars(setting: Setting, records: Sequence[Record], path: Path, memory: bool)
         for record in records
     )
     models, methods = list(dict.fromkeys(frame["model"])), list(dict.fromkeys(frame["method"]))
-    palette = _palette(setting, records)
+    palette = _palette(records, setting.label)
     with _style():
         drawing, axes = _blank(max(7.0, min(MOST_INCHES, INCHES_PER_BAR * len(models) * len(methods))), 3.2)
         seaborn.barplot(frame, x="model", y=unit, hue="method", order=models, hue_order=methods, palette=palette,
@@ -165,6 +166,49 @@ def _timelines(setting: Setting, folder: Path) -> Iterator[Figure]:
             f"One iteration of {setting.label(record)} on {record.testbed}, {record.model}: what every queue of every "
             "device does, and below the bytes alive on each device.",
         )
+
+
+def leads(grids: Sequence[Grid], folder: Path) -> Iterator[Figure]:
+    """Of each grid a panel per model: how many times as long as the first method the others take on every testbed."""
+    for number, grid in enumerate(grids, 1):
+        compared = throughput.others(grid)
+        table = ratios("", "", grid, throughput.seconds, compared, "")
+        if table is not None:
+            path = folder / f"throughput-{number}-{grid.first.dataset}-{grid.first.mode}-speedups"
+            yield _leads(grid, table.frame, compared, path)
+
+
+def _leads(grid: Grid, frame: pd.DataFrame, compared: Sequence[str], path: Path) -> Figure:
+    import seaborn
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    first, models = grid.columns[0], list(dict.fromkeys(frame["model"]))
+    testbeds = list(dict.fromkeys(frame["testbed"]))
+    palette = _palette(grid.records, label)
+    longest = frame.melt(["model", "testbed"], list(compared), "method", "times").dropna()
+    with _style():
+        width = max(7.0, min(MOST_INCHES, INCHES_PER_BAR * len(testbeds) * (len(compared) + 1) / 2))
+        drawing, panels = _panels(width, 2.0 * len(models) + 0.8, len(models))
+        for axes, model in zip(panels, models, strict=True):
+            seaborn.stripplot(longest[longest["model"] == model], x="testbed", y="times", hue="method", order=testbeds,
+                              hue_order=compared, palette=palette, dodge=True, jitter=False, size=6, ax=axes,
+                              legend=axes is panels[0])  # fmt: skip
+            axes.axhline(1, color="black", linewidth=0.8)
+            axes.set(yscale="log", xlabel="", ylabel=f"times as long\nas {first}", title=model)
+            axes.set_ylim(min(0.8, longest["times"].min() / 1.2), max(2.0, longest["times"].max() * 1.2))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(NullLocator())
+            for place in range(len(testbeds) - 1):
+                axes.axvline(place + 0.5, color="black", linewidth=0.3, alpha=0.4)
+        panels[-1].set_xticks(range(len(testbeds)), testbeds, rotation=30, ha="right")
+        panels[0].legend(loc="lower left", bbox_to_anchor=(0, 1.12), ncols=min(4, len(compared)), frameon=False)
+        _save(drawing, path, frame)
+    return Figure(
+        path,
+        f"How many times as long as {first} the other methods take for a sample, {throughput.title(grid)}. Above the "
+        "line they are slower. No dot: it did not fit, or was not run.",
+    )
 
 
 def laid_on_each_other(pairs: Sequence[Pair], out: Path) -> Figure | None:
@@ -262,15 +306,22 @@ def _style() -> AbstractContextManager[None]:
 
 
 def _blank(width_in: float, height_in: float) -> tuple[Drawing, Axes]:
-    """A drawing without a display, so that it can be made anywhere."""
+    """A drawing of one panel."""
+    drawing, (axes,) = _panels(width_in, height_in, 1)
+    return drawing, axes
+
+
+def _panels(width_in: float, height_in: float, count: int) -> tuple[Drawing, list[Axes]]:
+    """A drawing without a display, so that it can be made anywhere: panels above each other."""
     from matplotlib.figure import Figure as Drawing
 
     drawing = Drawing(figsize=(width_in, height_in))
-    axes = drawing.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", linewidth=0.4, alpha=0.5)
-    axes.set_axisbelow(True)
-    return drawing, axes
+    panels = list(drawing.subplots(count, 1, sharex=True, squeeze=False, gridspec_kw={"hspace": 0.35})[:, 0])
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+        axes.set_axisbelow(True)
+    return drawing, panels
 
 
 def _save(drawing: Drawing, path: Path, frame: pd.DataFrame) -> None:

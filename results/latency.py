@@ -5,21 +5,17 @@ Of a request that generates tokens also that of its parts: up to the first token
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
-from harness import registry
 from harness.records import Record
-from results import scaling
-from results.settings import COMMON, Setting
-from results.tables import Table, significant
+from results import grids, scaling
+from results.grids import OUT_OF_MEMORY, SHARED, Grid
+from results.settings import Setting
+from results.tables import Table
 
-#: What environments and models of one table have in common.
-SHARED = tuple(name for name in COMMON if name != "testbed")
-OUT_OF_MEMORY = "oom"
 PARTS = {
     "latency_s": "Latency of a request",
     "prefill_time_s": "Latency of a request's first token",
@@ -28,13 +24,8 @@ PARTS = {
 
 
 @dataclass(frozen=True)
-class Group:
-    """Requests of one kind. `cells[model, testbed][method with its options]`, in the order of `columns`: the first one
-    is what the others are compared with."""
-
-    first: Record
-    cells: Mapping[tuple[str, str], Mapping[str, Record]]
-    columns: tuple[str, ...]
+class Group(Grid):
+    """Requests of one kind."""
 
     @property
     def title(self) -> str:
@@ -46,6 +37,10 @@ class Group:
     def parts(self) -> tuple[str, ...]:
         """The fields that have a table."""
         return tuple(PARTS) if self.first.new_tokens else ("latency_s",)
+
+
+def seconds(record: Record) -> float | None:
+    return record.latency_s
 
 
 def groups(records: Sequence[Record]) -> list[Group]:
@@ -60,34 +55,8 @@ def groups(records: Sequence[Record]) -> list[Group]:
             continue
         if record.technique == "inference" and record.status in ("ok", OUT_OF_MEMORY):
             found.setdefault((record.mode, *(getattr(record, field) for field in SHARED)), []).append(record)
-    return [group for group in map(_group, found.values()) if len(group.columns) > 1]
-
-
-def _group(records: Sequence[Record]) -> Group:
-    """Compared with the system that is the fastest, or the only one to fit, most often; the first of equals."""
-    setting = Setting("", tuple(records))
-    cells: dict[tuple[str, str], dict[str, Record]] = {}
-    methods: dict[str, str] = {}
-    for record in records:
-        label = setting.label(record)
-        methods[label] = record.method
-        cells.setdefault((record.model, record.testbed), {})[label] = record
-    columns = sorted(methods, key=lambda label: (methods[label], label))
-    candidates = [label for label in columns if _is_system(methods[label])] or columns
-    wins = Counter(_fastest(cell, candidates) for cell in cells.values())
-    reference = max(candidates, key=lambda label: wins[label])
-    ordered = (reference, *(label for label in columns if label != reference))
-    return Group(records[0], {key: cells[key] for key in sorted(cells)}, ordered)
-
-
-def _fastest(cell: Mapping[str, Record], labels: Sequence[str]) -> str | None:
-    ran = [label for label in labels if label in cell and cell[label].latency_s is not None]
-    return min(ran, key=lambda label: cell[label].latency_s or 0.0, default=None)
-
-
-def _is_system(method: str) -> bool:
-    entry = registry.methods().get(method)
-    return entry is not None and entry.kind == registry.SYSTEMS
+    made = (grids.arranged(runs, Setting("", tuple(runs)).label, seconds) for runs in found.values())
+    return [Group(grid.first, grid.cells, grid.columns) for grid in made if len(grid.columns) > 1]
 
 
 def tables(found: Sequence[Group]) -> Iterator[Table]:
@@ -102,51 +71,20 @@ def tables(found: Sequence[Group]) -> Iterator[Table]:
 
 def latencies(name: str, group: Group, part: str = "latency_s") -> Table:
     """Seconds of a request, or of the `part` of it, or that it did not fit."""
-    rows = [
-        {"model": model, "testbed": testbed, **{label: _cell(cell.get(label), part) for label in group.columns}}
-        for (model, testbed), cell in group.cells.items()
-    ]
+    rows = group.rows(lambda record: _cell(record, part))
     return Table(name, f"{PARTS[part]}, {group.title}", pd.DataFrame(rows), heads=2)
 
 
-def _cell(record: Record | None, part: str) -> str | None:
-    if record is None:
-        return None
-    seconds = getattr(record, part)
-    return "out of memory" if record.status == OUT_OF_MEMORY else None if seconds is None else f"{seconds:.4g}"
+def _cell(record: Record, part: str) -> str | None:
+    value = getattr(record, part)
+    return "out of memory" if record.status == OUT_OF_MEMORY else None if value is None else f"{value:.4g}"
 
 
 def speedups(name: str, group: Group) -> Table | None:
     """Latency of each method over that of the first column's, where both ran; and the largest of each column."""
     reference, *others = group.columns
-    rows = []
-    for (model, testbed), cell in group.cells.items():
-        base = cell.get(reference)
-        if base is None or not base.latency_s:
-            continue
-        ratios = {label: _ratio(cell.get(label), base.latency_s) for label in others}
-        rows.append({"model": model, "testbed": testbed, **ratios})
-    if not rows:
-        return None
-    frame = pd.DataFrame(rows)
-    most = [
-        f"{label}: {frame[label].max():.3g} at most ({frame.model[i]} on {frame.testbed[i]})"
-        for label in others
-        if frame[label].notna().any()
-        for i in [frame[label].astype(float).idxmax()]
-    ]
-    return Table(
-        name,
-        f"How many times as long as {reference} a request takes",
-        frame,
-        formats=dict.fromkeys(others, significant),
-        heads=2,
-        notes=("Above 1: slower. " + "; ".join(most) + ".",),
-    )
-
-
-def _ratio(record: Record | None, base: float) -> float | None:
-    return None if record is None or not record.latency_s else record.latency_s / base
+    title = f"How many times as long as {reference} a request takes"
+    return grids.ratios(name, title, group, seconds, others, "Above 1: slower.")
 
 
 def text(records: Sequence[Record]) -> str:

@@ -18,7 +18,6 @@ from results import (
     claims,
     document,
     figures,
-    galaxy_claims,
     latency,
     papers,
     quality,
@@ -26,11 +25,14 @@ from results import (
     recovery,
     scaling,
     scores,
+    system_claims,
     tables,
+    throughput,
     validation,
 )
 from results.comparison import COUNTED_BYTES, Comparison, compare
 from results.document import Block, Bullets, Folded, Heading, Text
+from results.grids import Grid
 from results.papers import Paper
 from results.settings import Setting, settings
 from results.tables import Table
@@ -65,19 +67,24 @@ def _write(path: Path, text: str) -> None:
 
 def _blocks(records: Sequence[Record], folder: Path) -> Iterator[Block]:
     lost = recovery.members(records)
-    found = settings([record for record in records if record.inject is None])
+    whole = [record for record in records if record.inject is None]
+    found = settings(whole)
     yield Text(_summary(records))
     yield Bullets(tuple(f"{setting.title}: {_summary(setting.records)}" for setting in found))
     compared = [compare(setting) for setting in found]
-    scaled = scaling.members(records)
+    trained = throughput.groups(whole)
+    elsewhere = scaling.members(whole) | throughput.members(trained)
     for setting, comparisons in zip(found, compared, strict=True):
-        if not all(id(record) in scaled for record in setting.records):
+        if not all(id(record) in elsewhere for record in setting.records):
             yield from _setting(setting, comparisons, folder)
     for name, cells in scores.of_papers(compared).items():
         yield from _beside(papers.load(name), cells, found)
     yield from _agreement(found, folder)
-    yield from _quality(records)
-    yield from _latency(records)
+    yield from _quality(whole)
+    yield from _latency(whole)
+    yield from _throughput(trained, folder)
+    yield from _scaling(whole)
+    yield from _claims(whole)
     if recovered := list(recovery.tables(lost)):
         yield Heading(2, "Devices that were lost")
         yield from recovered
@@ -150,16 +157,35 @@ def _quality(records: Sequence[Record]) -> Iterator[Block]:
 
 
 def _latency(records: Sequence[Record]) -> Iterator[Block]:
-    """Nothing where no two methods answered the same requests, and no family of testbeds has a single device."""
+    """Nothing where no two methods answered the same requests."""
     if found := latency.groups(records):
         yield Heading(2, "Latency of requests")
         yield from latency.tables(found)
-    if scaled := list(scaling.tables(scaling.groups(records))):
-        yield Heading(2, "Latency on more devices")
-        yield from scaled
-    if (claimed := galaxy_claims.table(records)) is not None:
-        yield Heading(2, "What Galaxy claims")
-        yield claimed
+
+
+def _throughput(grids: Sequence[Grid], folder: Path) -> Iterator[Block]:
+    """Nothing where no several methods trained the same on several testbeds."""
+    if grids:
+        yield Heading(2, "Training on several testbeds")
+        yield from throughput.tables(grids)
+        yield from figures.leads(grids, folder / "figures")
+        yield from map(Folded, throughput.details(grids))
+
+
+def _scaling(records: Sequence[Record]) -> Iterator[Block]:
+    """Nothing where no family of testbeds has a single device."""
+    for training, what in ((False, "Latency"), (True, "Training")):
+        found = [group for group in scaling.groups(records) if group.training == training]
+        if scaled := list(scaling.tables(found)):
+            yield Heading(2, f"{what} on more devices")
+            yield from scaled
+
+
+def _claims(records: Sequence[Record]) -> Iterator[Block]:
+    """What is claimed of systems whose cells are not known."""
+    for title, table in system_claims.tables(records):
+        yield Heading(2, f"What {title} claims")
+        yield table
 
 
 def _validation(folder: Path) -> Iterator[Block]:

@@ -72,9 +72,12 @@ def texts(names: Sequence[str], records: Sequence[Record], out: Path) -> Iterato
     """What a terminal shows of what was asked for, part by part."""
     if records:
         yield show.records_table(records)
-    for part in ("agreement", "scores", "quality", "latency", "scaling", "galaxy_claims", "recovery"):
-        if text := load_results(part).text(records):
+    whole = [record for record in records if record.inject is None]
+    for part in ("agreement", "scores", "quality", "latency", "throughput", "scaling", "system_claims"):
+        if text := load_results(part).text(whole):
             yield text
+    if text := load_results("recovery").text(records):
+        yield text
     if VALIDATION in _chosen(names):
         yield load_results("validation").text(out)
 

@@ -1,7 +1,8 @@
-"""How latency scales with the number of equal devices: as much work on more of them, and more work on more of them.
+"""How time scales with the number of equal devices: as much work on more of them, and more work on more of them.
 
-Strong scaling: T(1) / (D T(D)) for the same tokens. Weak scaling: T(1) with s tokens / T(D) with D s tokens, so that
-every device has as many as before. 100 % is linear, of one device by itself.
+The work of a request are its tokens, and its time is the latency; that of training the samples of a batch, and their
+time. Strong scaling: T(1) / (D T(D)) for the same work. Weak scaling: T(1) with work s / T(D) with work D s, so that
+every device has as much as before. 100 % is linear, of one device by itself.
 """
 
 from __future__ import annotations
@@ -13,29 +14,35 @@ from dataclasses import dataclass
 import pandas as pd
 
 from harness.records import Record
-from results.settings import COMMON, Setting
+from results.grids import label
+from results.papers import of_testbed
+from results.settings import COMMON
 from results.tables import Table
 
 FAMILY = re.compile(r"(?P<family>.+)-(?P<count>[1-9][0-9]*)(?P<changes>(?:@.+)?)")
-#: What runs of one family have in common.
-ALIKE = tuple(name for name in COMMON if name not in ("testbed", "seq_len"))
+#: What says how much work there is, of a request and of training; everything else runs of one family have in common.
+TOKENS, SAMPLES = "seq_len", "batch_size"
 
 
 @dataclass(frozen=True)
 class Group:
-    """`seconds[model, method with its options][devices, tokens]` of requests on 1 and more devices of one family."""
+    """`seconds[model, method with its options][devices, work]` of runs on 1 and more devices of one family."""
 
     records: tuple[Record, ...]
     links: str
     seconds: Mapping[tuple[str, str], Mapping[tuple[int, int], float]]
 
-    def strong(self, key: tuple[str, str], devices: int, tokens: int) -> float | None:
-        """Efficiency of as many tokens on more devices, in percent."""
-        return self._efficiency(key, (1, tokens), (devices, tokens), devices)
+    @property
+    def training(self) -> bool:
+        return _measure(self.records[0]) == SAMPLES
 
-    def weak(self, key: tuple[str, str], devices: int, tokens: int) -> float | None:
-        """Efficiency of so many tokens per device, in percent."""
-        return self._efficiency(key, (1, tokens), (devices, devices * tokens), 1)
+    def strong(self, key: tuple[str, str], devices: int, work: int) -> float | None:
+        """Efficiency of as much work on more devices, in percent."""
+        return self._efficiency(key, (1, work), (devices, work), devices)
+
+    def weak(self, key: tuple[str, str], devices: int, work: int) -> float | None:
+        """Efficiency of so much work per device, in percent."""
+        return self._efficiency(key, (1, work), (devices, devices * work), 1)
 
     def _efficiency(
         self, key: tuple[str, str], alone: tuple[int, int], together: tuple[int, int], times: int
@@ -45,15 +52,38 @@ class Group:
 
 
 def groups(records: Sequence[Record]) -> list[Group]:
-    """The inference runs on families of testbeds, of what was run on a single device and on more of them."""
+    """The runs on families of testbeds, of what was run on a single device and on more of them; of training those that
+    are no paper's."""
     found: dict[tuple[object, ...], list[Record]] = {}
     for record in records:
         match = FAMILY.fullmatch(record.testbed)
-        if match and record.technique == "inference" and record.latency_s and record.seq_len and not record.new_tokens:
-            alike = (record.mode, match["family"], match["changes"], *(getattr(record, name) for name in ALIKE))
-            found.setdefault(alike, []).append(record)
+        if match and _work(record):
+            measure = _measure(record)
+            alike = (getattr(record, name) for name in COMMON if name not in ("testbed", measure))
+            key = (record.mode, match["family"], match["changes"], measure, *alike)
+            found.setdefault(key, []).append(record)
     made = (_group(str(key[2]), runs) for key, runs in found.items())
     return [group for group in made if group.seconds]
+
+
+def _measure(record: Record) -> str:
+    return TOKENS if record.technique == "inference" else SAMPLES
+
+
+def _work(record: Record) -> int:
+    """Tokens of a request, or samples of a batch; 0 where the run has nothing to do with scaling, or leaves devices
+    idle."""
+    if record.memory and len(record.memory) < record.num_devices:
+        return 0
+    if _measure(record) == TOKENS:
+        return (record.seq_len or 0) if record.latency_s and not record.new_tokens else 0
+    return record.batch_size if record.time_per_sample_s and of_testbed(record.testbed) is None else 0
+
+
+def _seconds(record: Record) -> float:
+    """Of a request, or of a batch."""
+    per_batch = (record.time_per_sample_s or 0.0) * record.batch_size
+    return (record.latency_s or 0.0) if _measure(record) == TOKENS else per_batch
 
 
 def members(records: Sequence[Record]) -> set[int]:
@@ -62,21 +92,17 @@ def members(records: Sequence[Record]) -> set[int]:
 
 
 def _group(changes: str, records: Sequence[Record]) -> Group:
-    setting = Setting("", tuple(records))
     runs: dict[tuple[str, str], list[Record]] = {}
     for record in records:
-        runs.setdefault((record.model, setting.label(record)), []).append(record)
-    scaled = {key: alike for key, alike in runs.items() if _scales({(r.num_devices, r.seq_len or 0) for r in alike})}
-    seconds = {
-        key: {(run.num_devices, run.seq_len or 0): run.latency_s or 0.0 for run in alike}
-        for key, alike in scaled.items()
-    }
+        runs.setdefault((record.model, label(record)), []).append(record)
+    scaled = {key: alike for key, alike in runs.items() if _scales({(r.num_devices, _work(r)) for r in alike})}
+    seconds = {key: {(run.num_devices, _work(run)): _seconds(run) for run in alike} for key, alike in scaled.items()}
     return Group(tuple(run for alike in scaled.values() for run in alike), changes, seconds)
 
 
 def _scales(sizes: set[tuple[int, int]]) -> bool:
     """Whether some size on several devices has one on a single device to be compared with."""
-    return any(count > 1 and {(1, tokens), (1, tokens // count)} & sizes for count, tokens in sizes)
+    return any(count > 1 and {(1, work), (1, work // count)} & sizes for count, work in sizes)
 
 
 def tables(found: Sequence[Group]) -> Iterator[Table]:
@@ -84,15 +110,16 @@ def tables(found: Sequence[Group]) -> Iterator[Table]:
     for number, group in enumerate(found, 1):
         sizes = sorted({size for cells in group.seconds.values() for size in cells})
         counts = sorted({count for count, _ in sizes if count > 1})
-        tokens = sorted({length for _, length in sizes})
+        works = sorted({work for _, work in sizes})
         first = group.records[0]
         family = first.testbed.partition("@")[0].rpartition("-")[0]
         where = f"{family}-N{group.links}, {first.mode}"
-        kinds = (("strong", f"{tokens[-1]} tokens", tokens[-1]), ("weak", f"{tokens[0]} tokens per device", tokens[0]))
-        for kind, how, length in kinds:
+        unit = "samples a batch" if group.training else "tokens"
+        kinds = (("strong", f"{works[-1]} {unit}", works[-1]), ("weak", f"{works[0]} {unit} per device", works[0]))
+        for kind, how, work in kinds:
             rows = [
                 {"model": model, "method": method}
-                | {f"{count} devices": getattr(group, kind)((model, method), count, length) for count in counts}
+                | {f"{count} devices": getattr(group, kind)((model, method), count, work) for count in counts}
                 for model, method in sorted(group.seconds)
             ]
             columns = [f"{count} devices" for count in counts]

@@ -1,7 +1,8 @@
 """Testbeds by name: the environments under `environments/`, or a TOML file of your own.
 
 A file called `pac-nano-N.toml` is a family: `counts` lists its members, and `any_count` opens it to every N. What
-follows an @ is the same testbed with other links: `galaxy-e@500mbit`, `galaxy-e@5ms`, `galaxy-e@500mbit@5ms`.
+follows an @ is the same testbed with other links: `galaxy-e@500mbit`, `galaxy-e@5ms`, `galaxy-e@500mbit@5ms`. Boards
+may have another memory, or take another time to launch a kernel: `nano-4@2.5gib@145us`.
 """
 
 from __future__ import annotations
@@ -25,9 +26,16 @@ DUPLEX = ("full", "half", "shared")
 PACED, QUOTA = "paced", "quota"
 MAX_DEVICES = 10_000
 FAMILY = "-N"
-MEMORY = "usable_memory_bytes"
+MEMORY, LAUNCH = "usable_memory_bytes", "kernel_overhead_s"
 #: What can be asked for with an @ behind a testbed's name: unit -> the constant that it changes, and its size.
-CHANGES = {"mbit": ("nominal_mbit_per_s", 1.0), "ms": ("latency_s", 1e-3), "gib": (MEMORY, 2.0**30)}
+CHANGES = {
+    "mbit": ("nominal_mbit_per_s", 1.0),
+    "ms": ("latency_s", 1e-3),
+    "gib": (MEMORY, 2.0**30),
+    "us": (LAUNCH, 1e-6),
+}
+#: What may be nothing at all.
+MAY_BE_ZERO = ("latency_s", LAUNCH)
 
 
 @dataclass(frozen=True)
@@ -123,15 +131,15 @@ def load(name_or_path: str) -> Testbed:
 
 def _changes(name: str, asked: Sequence[str]) -> dict[str, Constant]:
     """The constants that the testbed's name asks for: "500mbit" is a nominal rate of the links, "5ms" their latency,
-    "8gib" the memory of every device."""
+    "8gib" the memory of every device, "145us" the time that each board takes to launch a kernel."""
     found: dict[str, Constant] = {}
     for text in asked:
         match = re.fullmatch(rf"([0-9]+(?:\.[0-9]+)?)({'|'.join(CHANGES)})", text)
         key, unit = CHANGES[match[2]] if match is not None else ("", 0.0)
-        if match is None or key in found or (key != "latency_s" and float(match[1]) == 0):
+        if match is None or key in found or (key not in MAY_BE_ZERO and float(match[1]) == 0):
             raise OrreryError(
                 f"The testbed {name!r} asks for {text!r}. Give a rate of the links like @500mbit, a latency like @5ms, "
-                "the memory of a device like @8gib, or several of them, each once."
+                "the memory of a device like @8gib, the launch of a kernel like @145us, or several of them, each once."
             )
         found[key] = Constant(float(match[1]) * unit, "definition", "asked for by the testbed's name")
     return found
@@ -156,9 +164,9 @@ def _counts(table: Table) -> list[int]:
 def _load(path: Path, name: str, changes: Mapping[str, Constant], count: int | None = None) -> Testbed:
     """Read one environment. `count` is the N of a family's member, None where the file is no family.
 
-    `changes` are constants that hold instead of the file's: of its links, and the memory of every device.
+    `changes` are constants that hold instead of the file's: of its links and of every device.
     """
-    links = {key: constant for key, constant in changes.items() if key != MEMORY}
+    links = {key: constant for key, constant in changes.items() if key not in (MEMORY, LAUNCH)}
     table = read(path)
     description = table.text("description").replace("{N}", str(count))
     modes = table.list_of("modes", str, f"modes, of {', '.join(MODES)}", lambda mode: mode in MODES)
@@ -172,6 +180,8 @@ def _load(path: Path, name: str, changes: Mapping[str, Constant], count: int | N
     slots = _slots(table, path.parent, count)
     if MEMORY in changes:
         slots = [replace(slot, memory_bytes=int(changes[MEMORY].value)) for slot in slots]
+    if LAUNCH in changes:
+        slots = [_launching(slot, changes[LAUNCH], name) for slot in slots]
     link = table.table("link")
     ranks = {f"device{rank}": slot for rank, slot in enumerate(slots)}
     events = tuple(_events(table, ranks))
@@ -256,6 +266,13 @@ def _slot(entry: Table, profile: DeviceProfile) -> Slot:
         if memory < 1:
             raise entry.error("memory_bytes", f"is {memory}. It must be a whole number of at least 1.")
     return Slot(profile, share, memory)
+
+
+def _launching(slot: Slot, launch: Constant, name: str) -> Slot:
+    """The board with another time to launch a kernel."""
+    if slot.profile.measured is not None:
+        raise OrreryError(f"{name}: what {slot.profile.name} takes to launch a kernel is in its measured times.")
+    return replace(slot, profile=replace(slot.profile, constants={**slot.profile.constants, LAUNCH: launch}))
 
 
 def _events(table: Table, ranks: Mapping[str, Slot]) -> Iterator[Event]:

@@ -81,6 +81,8 @@ def build(entry: ModelEntry, workload: Workload) -> Layered:
     channels = {"num_channels": workload.num_channels}
     entry = replace(entry, config={**entry.config, **channels})
     root = pretrained.load(family.model_class, entry, workload, family.dropouts, needs=channels)
+    if workload.checkpoint is None:
+        _unit_scales(root)
     *pieces, (head, head_modules) = family.cut(root)
     chain = Chain(workload)
     carried = "pixel_values"
@@ -89,6 +91,14 @@ def build(entry: ModelEntry, workload: Workload) -> Layered:
         (carried,) = chain.unit("conv", "conv", [carried], ["hidden"], _in_turn(modules), modules)
     chain.layer(head)
     return chain.close(root, ["pixel_values"], [carried], _in_turn(head_modules), head_modules)
+
+
+def _unit_scales(root: nn.Module) -> None:
+    """Batch norm begins with a scale of one. transformers draws EfficientNet's from a normal distribution of deviation
+    0.02: then what flows shrinks ten thousandfold per block, and no gradient comes back."""
+    for module in root.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
 
 
 def _in_turn(modules: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:

@@ -46,13 +46,14 @@ class Layout:
 
 class Groups:
     """What a stage on a group of devices comes to, for `count` micro-batches of `rows` rows. Devices are numbered as in
-    `tables`. `offload`: the second part of algorithm 1.
+    `tables`. `offload`: the second part of algorithm 1. `by_speed`: the first one, or else equal shares.
 
     The same for every order of devices, so that planners for several orders share one.
     """
 
-    def __init__(self, tables: LayerTables, rows: int, count: int, offload: bool = True) -> None:
+    def __init__(self, tables: LayerTables, rows: int, count: int, offload: bool = True, by_speed: bool = True) -> None:
         self.tables, self.rows, self.count, self.offload = tables, rows, count, offload
+        self.by_speed = by_speed
         self._stages: dict[tuple[tuple[int, int], tuple[int, ...], int], Placed | None] = {}
         self._passes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -75,7 +76,8 @@ class Groups:
             return None
         forward, backward = zip(*(self._seconds(layers, device) for device in devices), strict=True)
         both = [f + b for f, b in zip(forward, backward, strict=True)]
-        rows = balanced(self.rows, [1 / max(float(of[-1]), NO_TIME_S) for of in both], most)  # eq. 9
+        capacities = [1 / max(float(of[-1]), NO_TIME_S) if self.by_speed else 1.0 for of in both]  # eq. 9
+        rows = balanced(self.rows, capacities, most)
         if rows is None:
             return None
         if self.offload:

@@ -11,10 +11,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
+import numpy as np
+
+from harness.cluster import Cluster
+from harness.costs import Costs
 from harness.errors import Broken
+from harness.layer_tables import LayerTables
 from harness.plan.values import Range
 from harness.recovery import Loss
-from harness.schedules import Stage
+from harness.schedules import Stage, micro_batches
+from harness.search import Layout
+from harness.workload import Workload
+from systems.asteroid.layouts import ASTEROID, as_stages, warmup
+from systems.asteroid.planner import Groups
 
 #: Groups of devices, in the order of their stages, with the work that is meant for each.
 Left = list[tuple[tuple[str, ...], float]]
@@ -48,6 +57,30 @@ def restorers(stages: Sequence[Stage], loss: Loss) -> dict[Range, str]:
             )
         found[stage.units] = backup
     return found
+
+
+def lightweight(
+    workload: Workload, costs: Costs, cluster: Cluster, rest: Cluster, before: Sequence[Stage], loss: Loss, size: int
+) -> Layout | None:
+    """The stages that are left of `before` on the devices `rest` of the cluster, with layers shifted between them, and
+    how many micro-batches each begins with; None where they don't fit."""
+    tables = LayerTables(costs, cluster, workload.optimizer)
+    speed = dict(zip(cluster.names, tables.speeds, strict=True))
+    both = (tables.layer_seconds(device, size) for device in range(len(cluster.devices)))
+    work = np.mean([forward + backward for forward, backward in both], axis=0)
+    layer_of = {first: layer for layer, (first, _) in enumerate(costs.layers)} | {len(costs.units): len(costs.layers)}
+    of_stage = [float(work[layer_of[stage.units[1]]] - work[layer_of[stage.units[0]]]) for stage in before]
+    left = groups_left(before, loss.devices, speed, of_stage)
+    ranges = shifted(work, [wanted for _, wanted in left])
+    maker = Groups(LayerTables(costs, rest, workload.optimizer), size, len(micro_batches(workload.batch_size, size)))
+    placed = [
+        maker.stage(layers, tuple(map(rest.names.index, group)), len(left) - 1 - place)
+        for place, (layers, (group, _)) in enumerate(zip(ranges, left, strict=True))
+    ]
+    fitting = [stage for stage in placed if stage is not None]
+    if len(fitting) < len(placed):
+        return None
+    return as_stages(maker.tables, fitting), warmup(ASTEROID, fitting)
 
 
 def groups_left(

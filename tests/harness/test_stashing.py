@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baselines import pipedream_async
+from baselines import pipedream, pipedream_async
 from harness.errors import OrreryError, OutOfMemory, Unsupported
 from harness.plan import Collective, Combine, Compute, Free, Plan, Step, Value
 from harness.plan.graph import InvalidPlan
@@ -262,7 +262,7 @@ WORKLOAD = Workload("toy", "synthetic", num_samples=100, batch_size=4, epochs=2)
 
 
 def planned(memory_bytes: int = 10**12, **options: object) -> Plan:
-    asked = {**pipedream_async.OPTIONS, **options}
+    asked = {**pipedream_async.OPTIONS, "planner": False, **options}
     return pipedream_async.plan(WORKLOAD, chain(4), cluster(4, memory_bytes=memory_bytes), asked)
 
 
@@ -277,6 +277,16 @@ def test_pipedream_async_says_what_it_does() -> None:
     assert plan.summary["layer_cuts"] == [[0, 1], [1, 2], [2, 3], [3, 4]]
     with pytest.raises(OrreryError, match="batches_per_flush is 0; it must be"):
         planned(batches_per_flush=0)
+
+
+def test_pipedream_async_has_the_stages_of_pipedreams_planner() -> None:
+    """Here data parallelism: links are fast."""
+    found = planned(planner=True)
+    validate(found, chain(4))
+    stages = pipedream.stages(WORKLOAD, chain(4), cluster(4), WORKLOAD.batch_size)
+    assert found.summary["devices"] == [list(stage.devices) for stage in stages]
+    with pytest.raises(OrreryError, match="planner is 'no'"):
+        planned(planner="no")
 
 
 def test_where_memory_is_short_fewer_mini_batches_are_in_flight() -> None:

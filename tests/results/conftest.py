@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,10 @@ from harness.experiment import expand
 from harness.records import Record
 from harness.runner import sweep
 from harness.store import load_all
+from results import system_claims
+from tests.harness.conftest import ASKED, record
+
+__all__ = ["record"]
 
 METHODS = ["standalone", "eddl", "gpipe", "pipedream-1f1b"]
 #: 40 samples in batches of 16: two full batches and a smaller last one per epoch.
@@ -68,3 +72,23 @@ def swept(tmp_path_factory: pytest.TempPathFactory, small_testbed: Path) -> Path
 @pytest.fixture(scope="session")
 def records(swept: Path) -> list[Record]:
     return load_all(swept)
+
+
+@pytest.fixture
+def made() -> Callable[..., Record]:
+    """A simulated request on so many devices of a family."""
+
+    def make(devices: int, seq_len: int, seconds: float, method: str = "galaxy", **changed: object) -> Record:
+        asked = {
+            "model": "gpt2-large",
+            "technique": "inference",
+            "method": method,
+            "method_options": system_claims.load("galaxy")["options"][method],
+            "testbed": f"galaxy-m-{devices}@16gib",
+            "num_devices": devices,
+            "seq_len": seq_len,
+            "latency_s": seconds,
+        }
+        return Record.model_validate({**ASKED, **asked, **changed})
+
+    return make

@@ -1,4 +1,4 @@
-"""Efficiencies of more devices, and what is claimed of Galaxy, from records made by hand and by the simulator."""
+"""Efficiencies of more devices, from records made by hand and by the simulator."""
 
 from __future__ import annotations
 
@@ -11,30 +11,7 @@ from harness import store
 from harness.experiment import expand
 from harness.records import Record
 from harness.runner import run
-from results import galaxy_claims, latency, report, scaling
-from tests.harness.conftest import ASKED
-
-STANDS = galaxy_claims.STANDS
-
-
-@pytest.fixture
-def made() -> Callable[..., Record]:
-    """A simulated request on so many devices of a family."""
-
-    def make(devices: int, seq_len: int, seconds: float, method: str = "galaxy", **changed: object) -> Record:
-        asked = {
-            "model": "gpt2-large",
-            "technique": "inference",
-            "method": method,
-            "method_options": STANDS[method],
-            "testbed": f"galaxy-m-{devices}@16gib",
-            "num_devices": devices,
-            "seq_len": seq_len,
-            "latency_s": seconds,
-        }
-        return Record.model_validate({**ASKED, **asked, **changed})
-
-    return make
+from results import latency, report, scaling
 
 
 def test_strong_and_weak_scaling_are_what_they_say(made: Callable[..., Record]) -> None:
@@ -48,6 +25,27 @@ def test_strong_and_weak_scaling_are_what_they_say(made: Callable[..., Record]) 
     assert strong.title == "Strong scaling on galaxy-m-N@16gib, simulated, % of linear: 280 tokens"
     assert strong.cells() == [["gpt2-large", "galaxy", "-", "88 %"]]
     assert weak.cells() == [["gpt2-large", "galaxy", "91 %", "80 %"]]
+
+
+def test_training_scales_by_its_batches(record: Callable[..., Record]) -> None:
+    """As many samples a batch on more devices, or as many on each; what leaves devices idle does not scale."""
+
+    def trained(devices: int, batch: int, seconds: float, **changed: object) -> Record:
+        asked = {"method": "asteroid", "method_options": {}, "testbed": f"nano-{devices}@145us", "num_devices": devices}
+        return record(**{**asked, "batch_size": batch, "time_per_sample_s": seconds / batch, **changed})
+
+    runs = [trained(1, 32, 4.0), trained(1, 128, 15.0), trained(4, 128, 5.0), trained(4, 128, 5.0, mode="emulated")]
+    (group,) = scaling.groups(runs)
+    (key,) = group.seconds
+    assert group.training and key == ("bert-tiny", "asteroid")
+    assert group.strong(key, 4, 128) == pytest.approx(100 * 15 / (4 * 5))
+    assert group.weak(key, 4, 32) == pytest.approx(100 * 4 / 5)
+    strong, weak = scaling.tables([group])
+    assert strong.title == "Strong scaling on nano-N@145us, simulated, % of linear: 128 samples a batch"
+    assert weak.cells() == [["bert-tiny", "asteroid", "80 %"]]
+    alone = {"memory": {"device0": {"peak_bytes": 1}}}
+    assert scaling.groups([runs[1], trained(4, 128, 15.0, **alone)]) == []
+    assert scaling.groups([trained(n, 128, 9.0 / n, testbed=f"pac-nano-{n}") for n in (1, 4)]) == []
 
 
 def test_only_families_with_a_single_device_scale(made: Callable[..., Record]) -> None:
@@ -67,43 +65,6 @@ def test_only_families_with_a_single_device_scale(made: Callable[..., Record]) -
     assert {r.method for g in scaling.groups(only) for r in g.records} == {"galaxy"}
     assert scaling.groups(only[1:3]) == [] and len(latency.groups(only[1:3])) == 1
     assert {testbed for _, testbed in group.cells} == {"galaxy-gpu-2", "galaxy-gpu-4"}
-
-
-def test_claims_stand_beside_the_most_of_ours(made: Callable[..., Record]) -> None:
-    def on(testbed: str, method: str, seconds: float, **changed: object) -> Record:
-        return made(2, 284, seconds, method, testbed=testbed, **changed)
-
-    records = [
-        on("galaxy-d", "galaxy", 10.0),
-        on("galaxy-d", "megatron", 13.0),
-        on("galaxy-e", "galaxy", 10.0),
-        on("galaxy-e", "megatron", 24.0),
-        on("galaxy-e", "megatron", 99.0, method_options={"shares": "speed"}),
-        on("galaxy-a", "galaxy", 10.0),
-        on("galaxy-a", "sequence-parallel", 26.0),
-        on("galaxy-b", "megatron", 99.0),
-    ]
-    table = galaxy_claims.table(records)
-    assert table is not None
-    by_words = {row["claim"]: row for row in table.frame.to_dict("records")}
-    most = by_words["end-to-end latency lower than the state of the art by up to"]
-    assert (most["ours"], most["from"]) == ("2.6 x", "sequence-parallel, gpt2-large on galaxy-a")
-    assert by_words["the same on Jetson Nano, from and to"]["ours"] == "1.3 to 2.4 x"
-    assert galaxy_claims.table([on("galaxy-e", "megatron", 24.0)]) is None
-
-
-def test_claims_of_scaling_stand_beside_the_same_links(made: Callable[..., Record]) -> None:
-    quick = [
-        made(1, 71, 10.0, testbed="galaxy-m-1@1000mbit@16gib"),
-        made(4, 284, 10.1, testbed="galaxy-m-4@1000mbit@16gib"),
-    ]
-    usual = [made(1, 71, 10.0), made(4, 284, 12.5)]
-    for records in (quick + usual, usual + quick):
-        table = galaxy_claims.table(records)
-        assert table is not None
-        assert list(table.frame["ours"]) == ["80 %"]
-        assert list(table.frame["from"]) == ["71 tokens per device, galaxy-m-4@16gib"]
-    assert galaxy_claims.table(quick) is None
 
 
 def test_the_parts_of_a_generation_have_tables() -> None:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,20 @@ def test_a_run_trains_as_one_device_would(testbed: str, own_folders: Path) -> No
     assert record.dilation == 1 and record.emulation == {"shaped": False}
 
 
+def test_unequal_devices_train_as_one_would(own_folders: Path) -> None:
+    """Asteroid's groups, with rows by speed inside them: ten updates, the last batch of each epoch a smaller one."""
+    testbed = library_file(own_folders / "unequal.toml", medium="loopback", cpu_shares=(1.0, 0.9, 0.2, 0.4, 0.6))
+    asked = {**WORKLOAD, "num_samples": 60, "batch_size": 24, "method": "asteroid", "testbed": testbed, "steps": 10}
+    options = {"stages": 2, "micro_batch_size": 8}
+    with nothing_left(own_folders):
+        record = harness.run(**asked, mode="emulated", options=options, verify=True, optimizer="sgd-momentum")
+    assert (record.status, record.reason) == ("ok", None)
+    assert record.plan is not None and len(record.plan["grouping"]) == 2
+    assert any(len(set(rows)) > 1 for rows in record.plan["rows"]), record.plan
+    assert record.losses is not None and len(record.losses) == 10
+    assert record.max_rel_error is not None and record.max_rel_error <= 1e-5
+
+
 def test_a_campaign_has_one_nursery_for_all_of_its_runs(swept: Sweep) -> None:
     found, losses = [], []
     for record in swept(request(steps=2), request(steps=2, method="eddl"), request(steps=2, seed=1)):
@@ -126,7 +140,7 @@ def test_processes_say_what_memory_they_took_and_which_port_is_not_free(own_fold
 @needs_rights
 def test_paced_devices_are_what_the_testbed_says(own_folders: Path) -> None:
     """Two as fast as a tenth of a core each, behind a switch: computing as simulated, and the testbed says how near."""
-    testbed = library_file(own_folders / "slow.toml", count=2, cpu_share=0.1)
+    testbed = library_file(own_folders / "slow.toml", cpu_shares=(0.1, 0.1))
     asked = {**RUN, "testbed": testbed, "steps": 3}
     with nothing_left(own_folders):
         record = harness.run(**asked, options=MICRO)
@@ -401,18 +415,25 @@ def test_a_device_over_its_limit_is_out_of_memory_in_both_modes(
 
 
 def library_file(
-    path: Path, count: int, medium: str = "ethernet", memory_bytes: int | None = None, cpu_share: float = 1.0
+    path: Path,
+    count: int = 0,
+    medium: str = "ethernet",
+    memory_bytes: int | None = None,
+    cpu_shares: Sequence[float] = (),
 ) -> str:
-    """A testbed of so many processes of this machine."""
+    """A testbed of processes of this machine: so many of whole cores, or some with these shares of one."""
     constants = {"nominal_mbit_per_s": 100, "tcp_efficiency": 1, "latency_s": 1e-4}
     link = "".join(
         f'[link.{key}]\nvalue = {value}\nprovenance = "definition"\nsource = "a test"\n'
         for key, value in constants.items()
     )
     memory = "" if memory_bytes is None else f"memory_bytes = {memory_bytes}\n"
+    devices = "".join(
+        f'[[devices]]\nprofile = "this-machine"\ncpu_share = {share}\n{memory}'
+        for share in cpu_shares or (1.0,) * count
+    )
     path.write_text(
-        'description = "of a test"\nmodes = ["simulated", "emulated"]\n'
-        f'[[devices]]\nprofile = "this-machine"\ncount = {count}\ncpu_share = {cpu_share}\n{memory}'
+        f'description = "of a test"\nmodes = ["simulated", "emulated"]\n{devices}'
         f'[link]\nmedium = "{medium}"\nduplex = "full"\n{link}'
     )
     return str(path)

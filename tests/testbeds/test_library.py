@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -122,7 +123,7 @@ def test_pac_cluster_is_what_the_paper_prints(n: int) -> None:
     nano = cluster.devices[0]
     assert all(replace(device, name="device0") == nano for device in cluster.devices)
     assert nano.memory_bytes == 1550 * 2**20
-    assert nano.rates == {"matmul": (0.534 * 235.8e9, 0.688 * 235.8e9)}
+    assert nano.rates["matmul"] == (0.534 * 235.8e9, 0.688 * 235.8e9)
     assert cluster.duplex == "full"
     assert cluster.link("device0", f"device{n - 1}").bandwidth == pytest.approx(940 * MBIT_PER_S, rel=1e-12)
 
@@ -134,6 +135,8 @@ def test_assumptions_are_the_assumed_and_fitted_constants_in_use() -> None:
     assert found == {
         (nano, "efficiency_matmul_forward"): "fitted",
         (nano, "efficiency_matmul_backward"): "fitted",
+        (nano, "efficiency_conv"): "assumed",
+        (nano, "efficiency_depthwise"): "assumed",
         (nano, "kernel_overhead_s"): "assumed",
         (nano, "storage_read_bytes_per_s"): "assumed",
         (nano, "storage_write_bytes_per_s"): "assumed",
@@ -181,6 +184,17 @@ def test_a_name_can_ask_for_other_memory() -> None:
     assert load("local-2@1gib").own_memory == {"device0", "device1"}
 
 
+def test_a_name_can_ask_how_long_a_launch_takes() -> None:
+    usual, other = load("demo-hetero-3"), load("demo-hetero-3@1000mbit@145us")
+    assert [device.kernel_overhead_s for device in usual.cluster.devices] == [0, 0, 0]
+    assert [device.kernel_overhead_s for device in other.cluster.devices] == pytest.approx([145e-6] * 3)
+    assert [replace(d, kernel_overhead_s=0) for d in other.cluster.devices] == list(usual.cluster.devices)
+    assert "kernel_overhead_s" in {a.key for a in usual.assumptions} - {a.key for a in other.assumptions}
+    assert load("demo-hetero-3@0us").cluster.devices == usual.cluster.devices
+    with pytest.raises(OrreryError, match="in its measured times"):
+        load("local-2@145us")
+
+
 @pytest.mark.parametrize("asked", ["500", "500Mbit", "0mbit", "0gib", "8gib@9gib", "-5ms", "5ms@6ms", "1mbit@2mbit"])
 def test_changes_that_make_no_sense_are_refused(asked: str) -> None:
     with pytest.raises(OrreryError, match="asks for "):
@@ -206,9 +220,16 @@ def test_demo_is_heterogeneous() -> None:
     assert cluster.link("device0", "device2").bandwidth == pytest.approx(94 * MBIT_PER_S, rel=1e-12)
 
 
-def test_mixed_name_says_what_is_in_it() -> None:
-    cluster = load("mix-2nano-1tx2-1nx-100mbit").cluster
-    assert [d.profile.split("-")[1] for d in cluster.devices] == ["nano", "nano", "tx2", "xavier"]
+@pytest.mark.parametrize("name", [name for name in names() if re.fullmatch("mix-.*|nano-[0-9]+", name)])
+def test_a_name_says_what_is_in_it(name: str) -> None:
+    """Boards in the order of the name, behind links of 100 Mbit/s, or of as many as are asked for."""
+    cluster = load(name).cluster
+    boards = re.findall("([0-9]+)(nano|tx2|nx)", name) or [(name.rpartition("-")[2], "nano")]
+    short = {"jetson-nano-10w": "nano", "jetson-tx2-maxn": "tx2", "jetson-xavier-nx-15w": "nx"}
+    assert [short[d.profile] for d in cluster.devices] == [kind for count, kind in boards for _ in range(int(count))]
+    assert cluster.link("device0", cluster.names[-1]).bandwidth == pytest.approx(94 * MBIT_PER_S)
+    fast = load(f"{name}@1000mbit").cluster
+    assert fast.link("device0", cluster.names[-1]).bandwidth == pytest.approx(940 * MBIT_PER_S)
 
 
 @pytest.mark.parametrize("n", [1, 3, 17])

@@ -168,7 +168,7 @@ def test_staleness_is_no_rounding() -> None:
 def test_one_stage_is_plain_sgd() -> None:
     """An update per batch: bit for bit what one device alone trains."""
     costs = profile.count(LONG)
-    stale = pipedream_async.plan(LONG, costs, cluster(1), {"batches_per_flush": MOST})
+    stale = pipedream_async.plan(LONG, costs, cluster(1), {"batches_per_flush": MOST, "planner": False})
     plain = standalone.plan(LONG, costs, cluster(1), {**standalone.OPTIONS, "micro_batch_size": LONG.batch_size})
     found = []
     for plan in (stale, plain):

@@ -125,3 +125,16 @@ def test_paper_size(model: str, millions: float, labels: int, millions_with_labe
     for num_labels, expected in ((1000, millions), (labels, millions_with_labels)):
         layered = models.build(workload(model, num_labels=num_labels), device="meta")
         assert sum(p.numel() for p in layered.root.parameters()) / 1e6 == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("model", [*TINY, "efficientnet-b1"])
+def test_a_seed_s_weights_can_be_trained(model: str) -> None:
+    """What flows keeps its size from block to block, so that gradients come back to the first one."""
+    layered = models.build(workload(model, dropout=0.0))
+    *alive, _, last = steps(layered, batch())
+    deviations = [t.std().item() for values in alive for name, t in values.items() if name.endswith(".hidden")]
+    assert len(deviations) == len(layered.units) - 2  # without head and loss
+    assert all(0.02 < deviation < 50 for deviation in deviations), deviations
+    last["loss"].backward()
+    first, *_ = gradients(layered.root).values()
+    assert first.abs().max() > 1e-3

@@ -15,7 +15,7 @@ from harness.cluster import Cluster
 from harness.costs import BACKWARD, FORWARD, Affine, Costs
 from harness.errors import OrreryError
 from harness.layer_tables import LayerTables
-from harness.plan import Plan
+from harness.plan import Compute, Plan
 from harness.plan.validate import validate
 from harness.schedules import Pipeline, Stage, one_f_one_b
 from harness.simulator import simulate
@@ -290,7 +290,56 @@ def test_short_memory_keeps_fewer_in_flight_and_still_runs() -> None:
     of(replace(tight, devices=tuple(replace(d, memory_bytes=2 * d.memory_bytes) for d in tight.devices)), costs, LOAD)
 
 
-@pytest.mark.parametrize("options", [{"planner": "best"}, {"offload": 1}, {"stages": 0}, {"stages": 3}])
+@pytest.mark.parametrize(
+    ("warmup", "begins"), [("asteroid", [5, 3, 1]), ("1f1b", [3, 2, 1]), ("gpipe", [8, 8, 8])], ids=str
+)
+def test_stages_begin_as_the_rule_says(warmup: str, begins: list[int]) -> None:
+    """The layout is the planner's, whatever the rule."""
+    boards, costs = cluster(3, bandwidth=1e9), chain(6)
+    plan = of(boards, costs, LOAD, stages=3, micro_batch_size=4, warmup=warmup)
+    usual = of(boards, costs, LOAD, stages=3, micro_batch_size=4)
+    assert plan.phases[0].shards == usual.phases[0].shards
+    for device, begin in zip(plan.devices, begins, strict=True):
+        directions = [a.direction for a in plan.phases[0].actions[device] if isinstance(a, Compute)]
+        assert directions.index(BACKWARD) == begin
+
+
+def test_equal_shares_are_equal_and_planned_for() -> None:
+    """Where devices are unequal the equations foretell more time, and the best cuts may be others."""
+    boards, costs = cluster(4, speeds=(5.0, 1.0, 1.0, 1.0), bandwidth=1e9), chain(4)
+    plan = of(boards, costs, LOAD, stages=1, micro_batch_size=32, shares="equal")
+    assert plan.summary["rows"] == [[8, 8, 8, 8]]
+    assert of(boards, costs, LOAD, stages=1, micro_batch_size=32).summary["rows"] == [[20, 4, 4, 4]]
+    tables = LayerTables(uneven(5, 1), unequal(1))
+    ours, equal = Groups(tables, 8, 4), Groups(tables, 8, 4, offload=False, by_speed=False)
+    found, best = Planner(equal, exact=True).best(), Planner(ours, exact=True).best()
+    assert found is not None and best is not None
+    assert all(max(stage.rows) - min(stage.rows) <= 1 for stage in found.stages)
+    assert best.latency < found.latency == pytest.approx(best_of_all(Planner(equal)))
+
+
+def test_even_cuts_deal_out_layers_and_devices() -> None:
+    """In the order of memory, with rows by speed in each group."""
+    boards = cluster(5, speeds=(3.0, 1.0, 1.0, 2.0, 2.0), bandwidth=1e9)
+    plan = of(boards, chain(6), LOAD, cuts="even", stages=2, micro_batch_size=8)
+    assert plan.summary["layer_cuts"] == [[0, 3], [3, 6]]
+    assert plan.summary["devices"] == [["device0", "device3", "device4"], ["device1", "device2"]]
+    assert plan.summary["rows"] == [[4, 2, 2], [4, 4]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"planner": "best"},
+        {"offload": 1},
+        {"stages": 0},
+        {"stages": 3},
+        {"shares": "speed"},
+        {"cuts": "layers"},
+        {"cuts": "even"},
+        {"warmup": "PB"},
+    ],
+)
 def test_wrong_options_are_refused_by_name(options: dict[str, object]) -> None:
     (name,) = options
     with pytest.raises(OrreryError, match=f"asteroid.{name}"):
