@@ -37,7 +37,7 @@ HIGHER_IS_BETTER = {"throughput_samples_per_s": True} | dict.fromkeys(
 IDENTITY = (
     *("method", "method_options", "technique", "technique_options", "model", "dataset", "num_samples", "seq_len"),
     *("decoder_seq_len", "new_tokens", "image_size", "batch_size", "epochs", "steps", "optimizer", "learning_rate"),
-    *("clip_norm", "dropout", "dtype", "attn_implementation", "checkpoint", "testbed", "mode"),
+    *("clip_norm", "dropout", "dtype", "attn_implementation", "checkpoint", "testbed", "mode", "inject"),
 )
 
 
@@ -115,8 +115,8 @@ def compare(a: Sequence[Record], b: Sequence[Record]) -> list[Row]:
 
 def title(record: Record) -> str:
     """A run in one line, for people."""
-    batch = f"batch {record.batch_size}"
-    return " ".join((record.method, record.model, record.technique, record.dataset, batch, record.testbed, record.mode))
+    what = (record.method, record.model, record.technique, record.dataset, f"batch {record.batch_size}")
+    return " ".join((*what, record.testbed, record.mode, *([record.inject] if record.inject else [])))
 
 
 def _by_identity(records: Sequence[Record], side: str) -> dict[tuple[str, ...], Record]:

@@ -152,7 +152,7 @@ class Emulation:
         pace = self._pace(plan, costs, dilation)
         save = verify or evaluate or keep_trained
         kept = {**self._kept(plan, workload, cache_dir, journal), "done": asdict(done)}
-        rescue = self._rescue(machine, setting, plan, workload, costs, save, faults, replan)
+        rescue = self._rescue(machine, setting, plan, workload, costs, save, faults, replan, done.trained)
         struck = {fault.device: asdict(fault) for fault in faults}
         jobs = [
             replace(
@@ -185,7 +185,7 @@ class Emulation:
             about["recomputed_cache_entries"] = recomputed
         if rescue is not None:
             rescue.check()
-            plan, whole = rescue.last.plan, rescue.whole()
+            plan, whole = rescue.last.plan, rescue.whole(whole)
         found = replace(
             execution(plan, reports, workload.training, dilation),
             emulation=about,
@@ -228,6 +228,7 @@ class Emulation:
         save: bool,
         faults: Sequence[Fault],
         replan: Replan | None,
+        began: int,
     ) -> Rescue | None:
         """What leads the run on without a lost device; None where the plan takes no snapshots."""
         if replan is None or not any(phase.commits for phase in plan.phases):
@@ -258,6 +259,7 @@ class Emulation:
             jobs,
             cut=lambda device: machine.order("link", device, up=False),
             fence=machine.kill,
+            began=began,
         )
 
     def close(self) -> None:

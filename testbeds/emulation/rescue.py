@@ -39,7 +39,8 @@ class _Generation:
 @dataclass
 class Rescue:
     """Leads a run from one plan to the next. `jobs(plan, rounds, losses, restore)` makes the jobs of a generation,
-    `cut(device)` takes its link down, `fence(device)` sees to it that a lost device is gone.
+    `cut(device)` takes its link down, `fence(device)` sees to it that a lost device is gone. `began`: rounds that were
+    over before the plan.
     """
 
     plan: Plan
@@ -48,10 +49,11 @@ class Rescue:
     jobs: Callable[[Plan, Agreed | None, Mapping[str, Sequence[str]]], Sequence[Job]]
     cut: Callable[[str], object]
     fence: Callable[[str], None]
+    began: int = 0
     generations: list[_Generation] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.generations.append(_Generation(self.plan, 0))
+        self.generations.append(_Generation(self.plan, self.began))
         self._losses = Losses()
         self._struck: set[str] = set()
         self._agreed: Agreed | None = None
@@ -105,9 +107,10 @@ class Rescue:
     def last(self) -> _Generation:
         return self.generations[-1]
 
-    def whole(self) -> Plan:
-        """A plan with every round that counts, once, in the shards that it was done in."""
-        phases: list[Phase] = []
+    def whole(self, before: Plan) -> Plan:
+        """A plan with every round that counts, once, in the shards that it was done in. `before`: the plan of which the
+        run may have done the first rounds in another life."""
+        phases: list[Phase] = list(before.phases)
         following = [generation.began for generation in self.generations[1:]]
         for generation, end in zip(self.generations, [*following, None], strict=True):
             phases = list(_first_rounds(phases, generation.began))
