@@ -90,6 +90,18 @@ class LayerTables:
                 stays[x, y + 1], fixed[x, y + 1], per_row[x, y + 1] = standing, kept, kept_per_row
         return stays, fixed, per_row
 
+    @cached_property
+    def trained(self) -> np.ndarray:
+        """Bytes of the gradients of every range of layers [x, y)."""
+        found = np.zeros((self.num_layers + 1, self.num_layers + 1))
+        for x in range(self.num_layers):
+            parameters: set[str] = set()
+            for y in range(x, self.num_layers):
+                for unit in self.costs.executed(*self.costs.layers[y]):
+                    parameters.update(name for name in unit.parameters if self.costs.parameters[name].trainable)
+                found[x, y + 1] = sum(self.costs.parameters[name].bytes for name in parameters)
+        return found
+
     def bytes(self, rows: int, in_flight: int) -> np.ndarray:
         """m_d of every range of layers [x, y), with so many micro-batches of `rows` rows in flight."""
         stays, fixed, per_row = self.memory

@@ -18,22 +18,31 @@ from harness.schedules import Stage, micro_batches
 from harness.search import Layout as Stages
 from harness.search import plan_pipeline
 from harness.workload import Workload
-from systems.asteroid.planner import Groups, Layout, Planner, searched
+from systems.asteroid.groups import Groups
+from systems.asteroid.planner import Layout, Planner, searched
 
 PAPER, EXACT, SEARCH = PLANNERS = ("paper", "exact", "search")
 #: `planner`: the "paper"'s dynamic program over devices in the order of their memory; the "exact" one, which finds the
 #: best for that order; or a "search" for the order, too. `offload`: stragglers give rows to faster devices (the second
-#: part of algorithm 1). `stages`: their number, instead of the best one.
-OPTIONS: dict[str, object] = {"micro_batch_size": None, "planner": PAPER, "offload": True, "stages": None}
+#: part of algorithm 1). `stages`: their number, instead of the best one. `idle`: devices may be left away; no source
+#: speaks of that, so all are used.
+OPTIONS: dict[str, object] = {
+    "micro_batch_size": None,
+    "planner": PAPER,
+    "offload": True,
+    "stages": None,
+    "idle": False,
+}
 
 
 def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[str, object]) -> Plan:
     """The plan of least latency by equations 4 to 6, for the micro-batch size with which it simulates fastest."""
-    planner, offload, stages = options["planner"], options["offload"], options["stages"]
+    planner, offload, stages, idle = (options[name] for name in ("planner", "offload", "stages", "idle"))
     if planner not in PLANNERS:
         raise unknown_name("value of asteroid.planner", str(planner), PLANNERS)
-    if not isinstance(offload, bool):
-        raise OrreryError(f"asteroid.offload is {offload!r}; it must be true or false.")
+    for name, value in (("offload", offload), ("idle", idle)):
+        if type(value) is not bool:
+            raise OrreryError(f"asteroid.{name} is {value!r}; it must be true or false.")
     if stages is not None and (type(stages) is not int or not 1 <= stages <= len(cluster.devices)):
         raise OrreryError(
             f"asteroid.stages is {stages!r}; it must be a whole number from 1 to {len(cluster.devices)}, as many "
@@ -48,8 +57,10 @@ def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[st
         count = len(micro_batches(workload.batch_size, size))
 
         def found(given: LayerTables) -> Layout | None:
-            groups = Groups(given, size, count, offload)
-            return searched(groups) if planner == SEARCH else Planner(groups, exact=planner == EXACT).best(stages)
+            groups = Groups(given, size, count, bool(offload))
+            if planner == SEARCH:
+                return searched(groups, bool(idle))
+            return Planner(groups, exact=planner == EXACT, idle=bool(idle)).best(stages)
 
         best = found(tables) or found(roomy)  # what the second one lacks is for the simulator to say
         if best is None:
