@@ -24,7 +24,8 @@ from systems.asteroid.recovery import lightweight, restorers, topology
 LIGHTWEIGHT, HEAVY = RECOVERIES = ("lightweight", "heavy")
 #: `planner`: the "paper"'s dynamic program over devices in the order of their memory; the "exact" one, which finds the
 #: best for that order; or a "search" for the order, too. `offload`: stragglers give rows to faster devices (the second
-#: part of algorithm 1). `stages`: their number, instead of the best one.
+#: part of algorithm 1). `stages`: their number, instead of the best one. `idle`: devices may be left away; no source
+#: speaks of that, so all are used.
 #: What is left of it without a part: `shares` within a group by algorithm 1, or "equal"; `cuts` as planned, or "even",
 #: as many layers and devices for each of so many stages; `warmup`: stage p of P begins with 2 (P - p) - 1
 #: micro-batches, with P - p as in plain "1f1b", or with all as "gpipe" does.
@@ -36,6 +37,7 @@ OPTIONS: dict[str, object] = {
     "planner": PAPER,
     "offload": True,
     "stages": None,
+    "idle": False,
     "shares": BALANCED,
     "cuts": PLANNED,
     "warmup": ASTEROID,
@@ -55,7 +57,8 @@ def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[st
 def replan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[str, object], loss: Loss) -> Resumed:
     """The plan for what is left, on the devices that are left. Raises Broken where a part of the model is lost, and
     OutOfMemory where it does not fit any more."""
-    names = tuple(device for device in cluster.names if device not in loss.devices)
+    used = cluster.names if loss.plan is None else loss.plan.devices
+    names = tuple(device for device in cluster.names if device in used and device not in loss.devices)
     rest = replace(cluster, devices=tuple(map(cluster.device, names)))
     stages = options["stages"]
     anew = {**options, "stages": min(stages, len(names)) if isinstance(stages, int) else None}
@@ -79,7 +82,7 @@ def replan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[
         backups,
         topology(after),
         period,
-        through=names[0] if options["recovery"] == HEAVY else None,
+        through=after[0].devices[0] if options["recovery"] == HEAVY else None,
     )
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Step:
@@ -54,37 +56,40 @@ def latency(steps: Sequence[Step], count: int, dm: int | None = None) -> float:
     return longest
 
 
+Seconds = float | np.ndarray
+
+
 @dataclass(frozen=True)
 class Tail:
-    """The last steps of a pipeline, as far as their latency depends on what comes before.
+    """The last steps of a pipeline, as far as their latency depends on what comes before; or many of them, as arrays.
 
     With the dominant step of eq. 11, equations 4 to 6 are `pipe` + `reduce`:
 
         pipe   = max_c ( M E^c + sum_{i<c} E^i )
         reduce = max_s ( T_a^s - sum_{i<s} E_b^i )
 
-    so that steps in front change both without knowing the others.
+    so that steps in front change both without knowing the others. Zero for both is the tail without any step.
     """
 
-    pipe: float
-    reduce: float
+    pipe: np.ndarray
+    reduce: np.ndarray
 
     @property
-    def latency(self) -> float:
+    def latency(self) -> np.ndarray:
         return self.pipe + self.reduce
 
-    def behind(self, step: Step, count: int) -> Tail:
-        """The tail with a step in front."""
+    def behind(self, forward: Seconds, backward: Seconds, all_reduce: Seconds, count: int) -> Tail:
+        """The tail with a step in front, which has these E_f, E_b and T_a."""
+        both = forward + backward
         return Tail(
-            max(count * step.both, self.pipe + step.both),
-            max(step.all_reduce, self.reduce - step.backward),
+            np.maximum(count * both, self.pipe + both),
+            np.maximum(all_reduce, self.reduce - backward),
         )
 
 
 def tail(steps: Sequence[Step], count: int) -> Tail:
     """All of these steps."""
-    last = steps[-1]
-    found = Tail(count * last.both, last.all_reduce)
-    for step in reversed(steps[:-1]):
-        found = found.behind(step, count)
+    found = Tail(np.zeros(()), np.zeros(()))
+    for step in reversed(steps):
+        found = found.behind(step.forward, step.backward, step.all_reduce, count)
     return found

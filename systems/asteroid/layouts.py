@@ -12,7 +12,8 @@ from harness.layer_tables import LayerTables
 from harness.schedules import Stage, micro_batches, split
 from harness.search import Layout
 from harness.workload import Workload
-from systems.asteroid.planner import Groups, Placed, Planner, by_memory, searched
+from systems.asteroid.groups import Groups, Placed, by_memory
+from systems.asteroid.planner import Planner, searched
 
 PAPER, EXACT, SEARCH = PLANNERS = ("paper", "exact", "search")
 ASTEROID, ONE_F_ONE_B, GPIPE = WARMUPS = ("asteroid", "1f1b", "gpipe")
@@ -42,8 +43,11 @@ def layouts(
             if options["cuts"] == EVEN:
                 assert stages is not None
                 return _even(groups, stages)
-            exact = options["planner"] == EXACT
-            best = searched(groups) if options["planner"] == SEARCH else Planner(groups, exact=exact).best(stages)
+            idle = options["idle"] is True
+            if options["planner"] == SEARCH:
+                best = searched(groups, idle)
+            else:
+                best = Planner(groups, exact=options["planner"] == EXACT, idle=idle).best(stages)
             return None if best is None else best.stages
 
         placed = found(tables) or found(roomy)  # what the second one lacks is for the simulator to say
@@ -60,9 +64,10 @@ def _check(cluster: Cluster, options: Mapping[str, object]) -> None:
     for name, words in WORDS.items():
         if options[name] not in words:
             raise unknown_name(f"value of asteroid.{name}", str(options[name]), words)
-    offload, stages = options["offload"], options["stages"]
-    if not isinstance(offload, bool):
-        raise OrreryError(f"asteroid.offload is {offload!r}; it must be true or false.")
+    for name in ("offload", "idle"):
+        if not isinstance(options[name], bool):
+            raise OrreryError(f"asteroid.{name} is {options[name]!r}; it must be true or false.")
+    stages = options["stages"]
     if stages is not None and (type(stages) is not int or not 1 <= stages <= len(cluster.devices)):
         raise OrreryError(
             f"asteroid.stages is {stages!r}; it must be a whole number from 1 to {len(cluster.devices)}, as many "

@@ -22,8 +22,8 @@ from harness.recovery import Loss
 from harness.schedules import Stage, micro_batches
 from harness.search import Layout
 from harness.workload import Workload
+from systems.asteroid.groups import Groups
 from systems.asteroid.layouts import ASTEROID, as_stages, warmup
-from systems.asteroid.planner import Groups
 
 #: Groups of devices, in the order of their stages, with the work that is meant for each.
 Left = list[tuple[tuple[str, ...], float]]

@@ -1,0 +1,231 @@
+"""What stages come to on groups of devices: rows by algorithm 1, seconds by equations 5, 7 and 8, memory by equation 3.
+
+A stage with k behind it keeps 2k+1 micro-batches in flight, or as many as the round has, or as its devices have memory
+for, down to one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+
+from harness.layer_tables import LayerTables
+from systems.asteroid.equations import Step, in_flight, latency
+from systems.asteroid.shares import Shares, shared
+
+#: Layers that take less time are taken to take this: they may have nothing to compute.
+NO_TIME_S = 1e-12
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A stage: layers [first, last) on devices, by number, each with so many rows of a micro-batch."""
+
+    layers: tuple[int, int]
+    devices: tuple[int, ...]
+    rows: tuple[int, ...]
+    in_flight: int
+    step: Step
+
+
+@dataclass(frozen=True, eq=False)
+class Stages:
+    """E_f and E_b of all stages on one group, as `Groups.table` reads them: infinite where memory is too short."""
+
+    forward: np.ndarray
+    backward: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Known:
+    """All stages of a group with at most so many micro-batches in flight: seconds, how many each of them keeps, and
+    with what rows in memory its devices would share in the same way (`Shares.given`)."""
+
+    most: int
+    forward: np.ndarray
+    backward: np.ndarray
+    kept: np.ndarray
+    given: np.ndarray
+
+
+class Groups:
+    """What a stage on a group of devices comes to, for `count` micro-batches of `rows` rows. Devices are numbered as in
+    `tables`, and those of a group stand in the order of their memory. `offload`: the second part of algorithm 1.
+    `by_speed`: the first one, or else equal shares.
+    """
+
+    def __init__(self, tables: LayerTables, rows: int, count: int, offload: bool = True, by_speed: bool = True) -> None:
+        self.tables, self.rows, self.count, self.offload, self.by_speed = tables, rows, count, offload, by_speed
+        cluster, costs, devices = tables.cluster, tables.costs, range(len(tables.devices))
+        self.rates = [cluster.bandwidth[device.name] for device in tables.devices]
+        features = [(tables.kinds[d], tables.budgets[d], self.rates[d]) for d in devices]
+        #: Of each device the first one that it is exchangeable with.
+        self.alike = [features.index(feature) for feature in features]
+        order = sorted(devices, key=lambda d: (-tables.budgets[d], -tables.speeds[d], self.alike[d], d))
+        self._place = {device: place for place, device in enumerate(order)}
+
+        carried = [[costs.tensors[name] for name in costs.carried(first)] for first, _ in costs.layers]
+        sent = [sum(tensor.bytes(rows) for tensor in tensors) for tensors in carried]
+        returned = [sum(tensor.bytes(rows) for tensor in tensors if tensor.needs_grad) for tensors in carried]
+        #: Bytes forward and backward over the boundary in front of each layer; nothing is behind the last one.
+        self.sent, self.returned = np.array([*sent, 0.0]), np.array([*returned, 0.0])
+
+        self._first, self._last = np.triu_indices(tables.num_layers + 1, 1)
+        self._memory = [part[self._first, self._last] for part in tables.memory]
+        kinds = list(dict.fromkeys(tables.kinds))
+        self._kind = np.array([kinds.index(kind) for kind in tables.kinds])
+        passes = [
+            [tables.layer_seconds(tables.kinds.index(kind), y) for y in range(rows + 1)] for kind in kinds
+        ]  # of each kind and number of rows
+        self._forward, self._backward = (np.array([[y[side] for y in kind] for kind in passes]) for side in (0, 1))
+        whole = self._seconds(np.arange(len(kinds))[:, None], np.arange(self._first.size), np.array(rows))
+        self._capacity = 1 / np.maximum(sum(whole), NO_TIME_S)  # eq. 9
+        if not by_speed:
+            self._capacity = np.ones_like(self._capacity)
+        self._known: dict[tuple[int, ...], _Known] = {}
+        self._made: dict[tuple[int, ...], list[Stages]] = {}
+
+    def sorted(self, devices: Iterable[int]) -> tuple[int, ...]:
+        """The devices in the order that they have in a group."""
+        return tuple(sorted(devices, key=self._place.__getitem__))
+
+    def rate(self, devices: Iterable[int]) -> float:
+        """Bytes per second of the slowest link between these devices."""
+        return min(self.rates[device] for device in devices)
+
+    def stage(self, layers: tuple[int, int], devices: Sequence[int], behind: int) -> Placed | None:
+        """The stage on these devices, with so many stages behind it; None: it does not fit."""
+        group = self.sorted(devices)
+        case = np.flatnonzero((self._first == layers[0]) & (self._last == layers[1]))
+        kept = self._fitting(group, case, min(in_flight(behind), self.count))
+        if not kept[0]:
+            return None
+        rows = self._shared(group, case, self._most_rows(group, case, kept)).rows
+        forward, backward = (float(seconds[0]) for seconds in self._slowest(group, case, rows))
+        step = Step(forward, backward, float(self.all_reduce(group)[layers]))
+        return Placed(layers, group, tuple(map(int, rows[:, 0])), int(kept[0]), step)
+
+    def stages(self, devices: Sequence[int], behind: int) -> Stages:
+        """All stages on these devices, with so many stages behind: the same object where nothing changes with that."""
+        group = tuple(self.alike[device] for device in self.sorted(devices))
+        if group not in self._known:
+            self._known[group], self._made[group] = self._roomy(group), []
+        made = self._made[group]
+        while len(made) <= behind:
+            known = self._crowded(group, self._known[group], min(in_flight(len(made)), self.count))
+            same = made and made[-1].forward is known.forward
+            made.append(made[-1] if same else Stages(known.forward, known.backward))
+            self._known[group] = known
+        return made[behind]
+
+    def _roomy(self, group: tuple[int, ...]) -> _Known:
+        """With memory for everything."""
+        cases = np.arange(self._first.size)
+        shares = self._shared(group, cases, np.full((len(group), cases.size), self.rows))
+        kept, given = np.zeros(cases.size, np.int16), shares.given.astype(np.int16)
+        return _Known(0, *self._slowest(group, cases, shares.rows), kept, given)
+
+    def _crowded(self, group: tuple[int, ...], known: _Known, most: int) -> _Known:
+        """With more micro-batches in flight than is known: what changes are stages for which memory gets short."""
+        if most == known.most:
+            return known
+        least = min(group, key=self.tables.budgets.__getitem__)
+        changing = np.flatnonzero(known.kept == known.most)
+        short = changing[self._most_rows((least,), changing, most)[0] < self.rows]
+        kept = known.kept.copy()
+        kept[changing] = most
+        kept[short] = self._fitting(group, short, most)
+        more = short[kept[short] > known.most]
+        room = self._most_rows(group, more, kept[more])
+        other = ~((room >= known.given[:, more]) & (room > 0)).all(axis=0)
+        more, room = more[other], room[:, other]
+        none = short[kept[short] == 0]
+        if not more.size and not none.size:
+            return replace(known, most=most, kept=kept)
+        shares = self._shared(group, more, room)
+        forward, backward, given = known.forward.copy(), known.backward.copy(), known.given.copy()
+        forward[none] = backward[none] = np.inf
+        forward[more], backward[more] = self._slowest(group, more, shares.rows)
+        given[:, more] = shares.given
+        return _Known(most, forward, backward, kept, given)
+
+    def table(self, values: np.ndarray) -> np.ndarray:
+        """Values of stages as [first layer, last layer + 1]: infinite where no layer is between."""
+        found = np.full((self.tables.num_layers, self.tables.num_layers + 1), np.inf)
+        found[self._first, self._last] = values
+        return found
+
+    def all_reduce(self, devices: Sequence[int]) -> np.ndarray:
+        """T_a of eq. 5, [first layer, last layer + 1]: a ring over the gradients of what is trained."""
+        size = len(devices)
+        return 2 * (size - 1) * self.tables.weight_bytes[1][:-1] / (size * self.rate(devices))
+
+    def communication(self, before: Sequence[int], after: Sequence[int], cut: int) -> Step:
+        """The step between two groups: each direction takes what the slowest link needs for the whole micro-batch."""
+        rate = self.rate((*before, *after))
+        return Step(float(self.sent[cut]) / rate, float(self.returned[cut]) / rate)
+
+    def latency(self, stages: Sequence[Placed]) -> float:
+        """Equations 4 to 6 of these stages and the steps between them."""
+        return latency(list(self.steps(stages)), self.count)
+
+    def steps(self, stages: Sequence[Placed]) -> Iterator[Step]:
+        """Execution and communication steps in order."""
+        yield stages[0].step
+        for before, stage in pairwise(stages):
+            yield self.communication(before.devices, stage.devices, stage.layers[0])
+            yield stage.step
+
+    def _most_rows(self, group: tuple[int, ...], cases: np.ndarray, kept: np.ndarray | int) -> np.ndarray:
+        """The most rows that meet eq. 3, [devices, cases]; -1 where not even the weights fit."""
+        stays, fixed, per_row = (part[cases] for part in self._memory)
+        room = np.array([[self.tables.budgets[device]] for device in group]) - stays - kept * fixed
+        each = np.where(per_row > 0, kept * per_row, 1.0)
+        rows = np.where(per_row > 0, np.minimum(self.rows, room / each), self.rows)
+        return np.where(room < 0, -1, rows).astype(np.int64)
+
+    def _fitting(self, group: tuple[int, ...], cases: np.ndarray, most: int) -> np.ndarray:
+        """The most micro-batches in flight, up to `most`, that the group has memory for; 0: it has for none.
+
+        The fewer, the less memory is needed: so they are found bit by bit.
+        """
+        kept = np.zeros(cases.size, dtype=np.int64)
+        for bit in reversed(range(most.bit_length())):
+            tried = kept + (1 << bit)
+            rows = self._most_rows(group, cases, tried)
+            fits = (tried <= most) & (rows.min(axis=0) >= 0) & (rows.sum(axis=0) >= self.rows)
+            kept = np.where(fits, tried, kept)
+        return kept
+
+    def _shared(self, group: tuple[int, ...], cases: np.ndarray, most: np.ndarray) -> Shares:
+        """Algorithm 1: rows, [devices, cases]."""
+        kinds = self._kind[list(group)]
+
+        def seconds(devices: np.ndarray, chosen: np.ndarray, rows: np.ndarray) -> np.ndarray:
+            forward, backward = self._seconds(kinds[devices], cases[chosen], rows)
+            return forward + backward
+
+        return shared(self.rows, self._capacity[kinds][:, cases], most, seconds if self.offload else None)
+
+    def _slowest(self, group: tuple[int, ...], cases: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """E_f and E_b (eq. 8)."""
+        forward, backward = self._seconds(self._kind[list(group)][:, None], cases, rows)
+        return forward.max(axis=0), backward.max(axis=0)
+
+    def _seconds(self, kinds: np.ndarray, cases: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Forward and backward seconds of so many rows."""
+        at = (kinds * self._forward.shape[1] + rows) * self._forward.shape[2]
+        first, last = at + self._first[cases], at + self._last[cases]
+        return (
+            self._forward.take(last) - self._forward.take(first),
+            self._backward.take(last) - self._backward.take(first),
+        )
+
+
+def by_memory(tables: LayerTables) -> tuple[int, ...]:
+    """Devices with the largest memory in front, which keep the most micro-batches in flight; then by speed."""
+    devices = range(len(tables.devices))
+    return tuple(sorted(devices, key=lambda d: (-tables.budgets[d], -tables.speeds[d], d)))
