@@ -10,6 +10,7 @@ from torch import Tensor
 
 from harness.plan import Plan
 from harness.plan.values import KINDS
+from harness.replication import REPLICATE
 from harness.trace import Event, Peak, PhaseTrace, Trace
 
 
@@ -45,11 +46,13 @@ class PhaseMemory:
 
 
 def watched_phases(plan: Plan) -> list[int]:
-    """The places of the phases whose memory is watched: the first that computes, and of those the first that reads a
-    cache, or decodes."""
-    computing = [number for number, phase in enumerate(plan.phases) if phase.shards]
-    others = [number for number in computing if plan.phases[number].cached or plan.phases[number].decoding]
-    return sorted({*computing[:1], *others[:1]})
+    """The places of the phases whose memory is watched: the first, or where that takes a snapshot the first that
+    computes; and the first that reads a cache, or decodes."""
+    first = 0
+    if plan.phases[0].name == REPLICATE:
+        first = next(number for number, phase in enumerate(plan.phases) if phase.shards)
+    others = [number for number, phase in enumerate(plan.phases) if phase.cached or phase.decoding]
+    return sorted({first, *others[:1]})
 
 
 @dataclass(frozen=True)

@@ -181,8 +181,7 @@ class Worker:
             self.transport.start(self)
 
     def rehearse(self) -> dict[str, int]:
-        """The first iteration that computes, without its update, watched: most bytes made at once, all together and by
-        kind.
+        """The first iteration that is watched, without its update: most bytes made at once, all together and by kind.
 
         All devices rehearse together, once more without being watched, for memory is taken in another order then. It
         warms everything up, and everything that it changes is put back. Raises OrreryError for a paced device that is
@@ -191,8 +190,8 @@ class Worker:
         buffers = [buffer.clone() for buffer in self.shard.buffers()]
         self._tracker = tracker = Tracker()
         first = watched_phases(self.plan)[0]
-        program, (ids, _) = self.programs[first], self._samples()
-        mine = ids.next(program.phase)
+        program, (ids, moved) = self.programs[first], self._samples()
+        mine = (ids if program.phase.shards else moved).next(program.phase) if program.phase.micro_batches else ()
         for number in range(REHEARSALS):
             self._prefetch(program, mine, ())
             if self._tracker is not None:
