@@ -168,14 +168,12 @@ def _timelines(setting: Setting, folder: Path) -> Iterator[Figure]:
         )
 
 
-def leads(grids: Sequence[Grid], folder: Path) -> Iterator[Figure]:
-    """Of each grid a panel per model: how many times as long as the first method the others take on every testbed."""
-    for number, grid in enumerate(grids, 1):
-        compared = throughput.others(grid)
-        table = ratios("", "", grid, throughput.seconds, compared, "")
-        if table is not None:
-            path = folder / f"throughput-{number}-{grid.first.dataset}-{grid.first.mode}-speedups"
-            yield _leads(grid, table.frame, compared, path)
+def leads(grid: Grid, path: Path) -> Iterator[Figure]:
+    """A panel per model: how many times as long as the first method the others take on every testbed."""
+    compared = throughput.others(grid)
+    table = ratios("", "", grid, throughput.seconds, compared, "")
+    if table is not None:
+        yield _leads(grid, table.frame, compared, path)
 
 
 def _leads(grid: Grid, frame: pd.DataFrame, compared: Sequence[str], path: Path) -> Figure:
@@ -202,7 +200,7 @@ def _leads(grid: Grid, frame: pd.DataFrame, compared: Sequence[str], path: Path)
             for place in range(len(testbeds) - 1):
                 axes.axvline(place + 0.5, color="black", linewidth=0.3, alpha=0.4)
         panels[-1].set_xticks(range(len(testbeds)), testbeds, rotation=30, ha="right")
-        panels[0].legend(loc="lower left", bbox_to_anchor=(0, 1.12), ncols=min(4, len(compared)), frameon=False)
+        panels[0].legend(loc="lower left", bbox_to_anchor=(0, 1.12), ncols=min(3, len(compared)), frameon=False)
         _save(drawing, path, frame)
     return Figure(
         path,

@@ -92,17 +92,18 @@ def _is_system(method: str) -> bool:
 def ratios(name: str, title: str, grid: Grid, cost: Cost, labels: Sequence[str], says: str) -> Table | None:
     """What each of these methods costs over what the first one does, where both ran; and the largest of each column.
 
-    None where no row has both. `says` explains the numbers.
+    Rows that have both; None where there is none. `says` explains the numbers.
     """
     rows = []
     for (model, testbed), cell in grid.cells.items():
         base = cost(cell[grid.columns[0]]) if grid.columns[0] in cell else None
         if base:
             found = {label: _over(cell.get(label), base, cost) for label in labels}
-            rows.append({"model": model, "testbed": testbed, **found})
-    frame = pd.DataFrame(rows)
-    if not rows or not frame[list(labels)].notna().any(axis=None):
+            if any(found.values()):
+                rows.append({"model": model, "testbed": testbed, **found})
+    if not rows:
         return None
+    frame = pd.DataFrame(rows)
     most = [
         f"{label}: {frame[label].max():.3g} at most ({frame.model[i]} on {frame.testbed[i]})"
         for label in labels

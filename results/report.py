@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -73,10 +74,11 @@ def _blocks(records: Sequence[Record], folder: Path) -> Iterator[Block]:
     yield Bullets(tuple(f"{setting.title}: {_summary(setting.records)}" for setting in found))
     compared = [compare(setting) for setting in found]
     trained = throughput.groups(whole)
-    elsewhere = scaling.members(whole) | throughput.members(trained)
+    elsewhere, told = scaling.members(whole), throughput.members(trained)
     for setting, comparisons in zip(found, compared, strict=True):
-        if not all(id(record) in elsewhere for record in setting.records):
-            yield from _setting(setting, comparisons, folder)
+        left = tuple(record for record in setting.records if id(record) not in told)
+        if not all(id(record) in elsewhere for record in left):
+            yield from _setting(replace(setting, records=left), comparisons, folder)
     for name, cells in scores.of_papers(compared).items():
         yield from _beside(papers.load(name), cells, found)
     yield from _agreement(found, folder)
@@ -167,9 +169,11 @@ def _throughput(grids: Sequence[Grid], folder: Path) -> Iterator[Block]:
     """Nothing where no several methods trained the same on several testbeds."""
     if grids:
         yield Heading(2, "Training on several testbeds")
-        yield from throughput.tables(grids)
-        yield from figures.leads(grids, folder / "figures")
-        yield from map(Folded, throughput.details(grids))
+    for number, grid in enumerate(grids, 1):
+        yield Heading(3, throughput.title(grid))
+        yield from throughput.tables(grid, number)
+        yield from figures.leads(grid, folder / "figures" / f"{throughput.name(grid, number)}-speedups")
+        yield from map(Folded, throughput.details(grid, number))
 
 
 def _scaling(records: Sequence[Record]) -> Iterator[Block]:

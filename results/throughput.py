@@ -17,6 +17,8 @@ from results.tables import MIB, Table, significant
 
 #: So many testbeds make a comparison across them.
 LEAST_TESTBEDS = 3
+#: What is said of runs that are not ok, and yet belong into a comparison.
+NOT_RUN = {OUT_OF_MEMORY: "out of memory", "unsupported": "unsupported"}
 
 
 def seconds(record: Record) -> float | None:
@@ -32,7 +34,7 @@ def groups(records: Sequence[Record]) -> list[Grid]:
     that are no paper's, for what is a paper's stands beside that. Links differ, and what boards can do does not."""
     found: dict[tuple[object, ...], list[Record]] = {}
     for record in records:
-        trained = record.technique != "inference" and record.status in ("ok", OUT_OF_MEMORY)
+        trained = record.technique != "inference" and record.status in ("ok", *NOT_RUN)
         if trained and of_testbed(record.testbed) is None:
             shared = (getattr(record, field) for field in SHARED)
             found.setdefault((record.mode, boards(record.testbed), *shared), []).append(record)
@@ -41,7 +43,8 @@ def groups(records: Sequence[Record]) -> list[Grid]:
         for runs in found.values()
         if len({run.testbed for run in runs}) >= LEAST_TESTBEDS
     ]
-    return [grid for grid in made if len(grid.columns) > 1]
+    several = (grid for grid in made if len(grid.columns) > 1)
+    return sorted(several, key=lambda grid: (title(grid), grid.columns))
 
 
 def boards(testbed: str) -> str:
@@ -50,11 +53,14 @@ def boards(testbed: str) -> str:
 
 
 def members(found: Sequence[Grid]) -> set[int]:
-    """The `id`s of records that the tables are made of, and that need no tables and figures of their own: those of all
-    testbeds but the one on which the first method is ahead the furthest."""
-    return {
-        id(record) for grid in found for record in grid.records if record.testbed != (widest(grid) or record.testbed)
-    }
+    """The `id`s of records that need no tables and figures beside those of the grids: those of all testbeds but the one
+    on which the first method is ahead the furthest, and there those of that method with other options."""
+    told: set[int] = set()
+    for grid in found:
+        shown, variants = widest(grid), own(grid)[1:]
+        for (_, testbed), cell in grid.cells.items():
+            told |= {id(run) for called, run in cell.items() if called in variants or testbed != (shown or testbed)}
+    return told
 
 
 def widest(grid: Grid) -> str | None:
@@ -88,42 +94,41 @@ def title(grid: Grid) -> str:
     return f"{r.mode}{where}: {r.dataset}, {shape}, batch {r.batch_size}, {r.optimizer}, {r.dtype}{technique}"
 
 
-def tables(found: Sequence[Grid]) -> Iterator[Table]:
-    """Of each grid samples per second, and the other methods' time and bytes over the first one's, which is then
-    compared with itself where its options were others."""
-    for grid, name in _named(found):
-        first, *parts = own(grid)
-        compared = others(grid)
-        yield _texts(name, f"Throughput, samples/s, {title(grid)}", grid, [first, *compared], _throughput)
-        over = f"How many times as long as {first} a sample takes"
-        more = f"How many times as many bytes as by {first} are sent"
-        made = (
-            grids.ratios(f"{name}-speedups", over, grid, seconds, compared, "Above 1: slower."),
-            grids.ratios(f"{name}-parts", f"{over}, otherwise", grid, seconds, parts, "Above 1: slower."),
-            grids.ratios(f"{name}-bytes", more, grid, sent, compared, "Above 1: more."),
-        )
-        yield from filter(None, made)
+def name(grid: Grid, number: int) -> str:
+    """Of the grid's tables and figures, unique in a report."""
+    return f"throughput-{number}-{grid.first.dataset}-{grid.first.mode}"
 
 
-def details(found: Sequence[Grid]) -> Iterator[Table]:
-    """Memory of every method; of the first one that of every device, and its plans."""
-    for grid, name in _named(found):
-        first = grid.columns[0]
-        yield _texts(f"{name}-peaks", f"Peak memory of the worst device, MiB, {title(grid)}", grid, grid.columns, _peak)
-        rows = [
-            {"model": model, "testbed": testbed, **_devices(cell[first])}
-            for (model, testbed), cell in grid.cells.items()
-            if first in cell
-        ]
-        each = f"Peak memory of every device by {first}: MiB, and part of what it has"
-        yield Table(f"{name}-devices", each, pd.DataFrame(rows), heads=2)
-        plans = f"Layers, devices and, where several share them, rows of a micro-batch by {first}"
-        yield _texts(f"{name}-plans", plans, grid, [first], _plan)
+def tables(grid: Grid, number: int = 1) -> Iterator[Table]:
+    """Samples per second, and the other methods' time over the first one's, which is then compared with itself where
+    its options were others."""
+    first, *parts = own(grid)
+    compared, called = others(grid), name(grid, number)
+    yield _texts(called, f"Throughput, samples/s, {title(grid)}", grid, [first, *compared], _throughput)
+    over = f"How many times as long as {first} a sample takes"
+    made = (
+        grids.ratios(f"{called}-speedups", over, grid, seconds, compared, "Above 1: slower."),
+        grids.ratios(f"{called}-parts", f"{over}, otherwise", grid, seconds, parts, "Above 1: slower."),
+    )
+    yield from filter(None, made)
 
 
-def _named(found: Sequence[Grid]) -> Iterator[tuple[Grid, str]]:
-    for number, grid in enumerate(found, 1):
-        yield grid, f"throughput-{number}-{grid.first.dataset}-{grid.first.mode}"
+def details(grid: Grid, number: int = 1) -> Iterator[Table]:
+    """Bytes and memory of every method; of the first one memory of every device, and its plans."""
+    first, called = grid.columns[0], name(grid, number)
+    more = f"How many times as many bytes as by {first} are sent"
+    if (sends := grids.ratios(f"{called}-bytes", more, grid, sent, others(grid), "Above 1: more.")) is not None:
+        yield sends
+    yield _texts(f"{called}-peaks", f"Peak memory of the worst device, MiB, {title(grid)}", grid, grid.columns, _peak)
+    rows = [
+        {"model": model, "testbed": testbed, **_devices(cell[first])}
+        for (model, testbed), cell in grid.cells.items()
+        if first in cell
+    ]
+    each = f"Peak memory of every device by {first}: MiB, and part of what it has"
+    yield Table(f"{called}-devices", each, pd.DataFrame(rows), heads=2)
+    plans = f"Layers, devices and, where several share them, rows of a micro-batch by {first}"
+    yield _texts(f"{called}-plans", plans, grid, [first], _plan)
 
 
 def _texts(name: str, title: str, grid: Grid, columns: Sequence[str], say: Callable[[Record], str | None]) -> Table:
@@ -132,7 +137,7 @@ def _texts(name: str, title: str, grid: Grid, columns: Sequence[str], say: Calla
 
 def _throughput(record: Record) -> str | None:
     value = record.throughput_samples_per_s
-    return "out of memory" if record.status == OUT_OF_MEMORY else None if value is None else significant(value)
+    return NOT_RUN.get(record.status) or (None if value is None else significant(value))
 
 
 def _peak(record: Record) -> str | None:
@@ -162,4 +167,4 @@ def _plan(record: Record) -> str | None:
 
 def text(records: Sequence[Record]) -> str:
     """The tables for a terminal; empty where nothing was trained on several testbeds by several methods."""
-    return "\n\n".join(table.text() for table in tables(groups(records)))
+    return "\n\n".join(table.text() for grid in groups(records) for table in tables(grid))

@@ -50,11 +50,9 @@ def test_the_system_as_it_is_comes_first_and_its_variants_are_apart(records: lis
 
 
 def test_ratios_are_those_of_the_runs(records: list[Record]) -> None:
-    speed, parts, sent = (
-        table
-        for table in throughput.tables(throughput.groups(records))
-        if table.name.endswith(("speedups", "parts", "bytes"))
-    )
+    (grid,) = throughput.groups(records)
+    _, speed, parts = throughput.tables(grid)
+    sent = next(throughput.details(grid))
     by_run = {(r.model, r.testbed, label(r)): r for r in records}
     for table, field in ((speed, "time_per_sample_s"), (parts, "time_per_sample_s"), (sent, "comm_bytes")):
         for row in table.frame.to_dict("records"):
@@ -74,12 +72,12 @@ def test_what_did_not_fit_says_so_and_has_no_ratio(records: list[Record]) -> Non
         "throughput_samples_per_s": None,
     }
     changed = [r.model_copy(update=lost) if r.method == "gpipe" else r for r in records]
-    rates, speed, *_ = throughput.tables(throughput.groups(changed))
+    rates, speed, *_ = throughput.tables(throughput.groups(changed)[0])
     assert set(rates.frame["gpipe"]) == {"out of memory"} and speed.frame["gpipe"].isna().all()
 
 
 def test_details_are_of_the_first_method(records: list[Record]) -> None:
-    peaks, devices, plans = throughput.details(throughput.groups(records))
+    _, peaks, devices, plans = throughput.details(throughput.groups(records)[0])
     run = next(r for r in records if label(r) == "asteroid" and r.testbed == "demo-hetero-3@145us")
     assert run.plan is not None and run.memory is not None
     row = next(r for r in plans.frame.to_dict("records") if (r["model"], r["testbed"]) == (run.model, run.testbed))
@@ -123,5 +121,7 @@ def test_one_testbed_has_figures_of_its_own(records: list[Record], out: Path) ->
         f"## {widest}: full on synthetic, batch 16"
     ]
     assert "## Training on several testbeds" in headings
-    (figure,) = figures.leads([grid], out / "figures")
+    runs = next(out.glob("tables/*-runs.csv")).read_text()
+    assert "asteroid" in runs and "offload" not in runs
+    (figure,) = figures.leads(grid, out / "figures" / "again")
     assert all(figure.path.with_name(figure.path.name + kind).exists() for kind in (".svg", ".png", ".csv"))
