@@ -67,18 +67,15 @@ def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[st
             raise Unsupported(
                 f"{tables.num_layers} layers don't make {stages} stages" if stages else "no stage can be made"
             )
-        kept = list(
-            accumulate((stage.in_flight for stage in best.stages), min)
-        )  # more than come from in front never are
-        return _stages(tables, best), lambda _: kept
+        return laid_out(tables, best)
 
     return plan_pipeline("asteroid", workload, costs, cluster, layout, options)
 
 
-def _stages(tables: LayerTables, layout: Layout) -> list[Stage]:
-    """The layout as stages of the pipeline."""
+def laid_out(tables: LayerTables, layout: Layout) -> Stages:
+    """The layout as stages of the pipeline; none keeps more micro-batches in flight than come from in front."""
     layers, names = tables.costs.layers, tables.cluster.names
-    return [
+    stages = [
         Stage(
             (layers[stage.layers[0]][0], layers[stage.layers[1] - 1][1]),
             tuple(names[device] for device in stage.devices),
@@ -86,3 +83,5 @@ def _stages(tables: LayerTables, layout: Layout) -> list[Stage]:
         )
         for stage in layout.stages
     ]
+    kept = list(accumulate((stage.in_flight for stage in layout.stages), min))
+    return stages, lambda _: kept
