@@ -55,9 +55,14 @@ def layouts(
             raise Unsupported(
                 f"{tables.num_layers} layers don't make {stages} stages" if stages else "no stage can be made"
             )
-        return as_stages(tables, placed), warmup(str(options["warmup"]), placed)
+        return laid_out(tables, placed, str(options["warmup"]))
 
     return layout
+
+
+def laid_out(tables: LayerTables, placed: Sequence[Placed], rule: str = ASTEROID) -> Layout:
+    """As stages of the pipeline, and how many micro-batches each begins with."""
+    return _stages(tables, placed), _warmup(rule, placed)
 
 
 def _check(cluster: Cluster, options: Mapping[str, object]) -> None:
@@ -93,7 +98,7 @@ def _even(groups: Groups, stages: int) -> Sequence[Placed] | None:
     return whole if len(whole) == stages else None
 
 
-def warmup(rule: str, placed: Sequence[Placed]) -> Callable[[int], Sequence[int]]:
+def _warmup(rule: str, placed: Sequence[Placed]) -> Callable[[int], Sequence[int]]:
     """How many micro-batches each stage begins with, of a round's number of them."""
     if rule == GPIPE:
         return lambda count: [count] * len(placed)
@@ -103,7 +108,7 @@ def warmup(rule: str, placed: Sequence[Placed]) -> Callable[[int], Sequence[int]
     return lambda _: kept
 
 
-def as_stages(tables: LayerTables, placed: Sequence[Placed]) -> list[Stage]:
+def _stages(tables: LayerTables, placed: Sequence[Placed]) -> list[Stage]:
     """As stages of the pipeline."""
     layers, names = tables.costs.layers, tables.cluster.names
     return [

@@ -23,7 +23,7 @@ from harness.schedules import Stage, micro_batches
 from harness.search import Layout
 from harness.workload import Workload
 from systems.asteroid.groups import Groups
-from systems.asteroid.layouts import ASTEROID, as_stages, warmup
+from systems.asteroid.layouts import laid_out
 
 #: Groups of devices, in the order of their stages, with the work that is meant for each.
 Left = list[tuple[tuple[str, ...], float]]
@@ -80,7 +80,7 @@ def lightweight(
     fitting = [stage for stage in placed if stage is not None]
     if len(fitting) < len(placed):
         return None
-    return as_stages(maker.tables, fitting), warmup(ASTEROID, fitting)
+    return laid_out(maker.tables, fitting)
 
 
 def groups_left(
