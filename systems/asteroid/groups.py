@@ -125,7 +125,7 @@ class Groups:
         """With memory for everything."""
         cases = np.arange(self._first.size)
         shares = self._shared(group, cases, np.full((len(group), cases.size), self.rows))
-        kept, given = np.zeros(cases.size, np.int16), shares.given.astype(np.int16)
+        kept, given = np.zeros(cases.size, np.int16), shares.given.astype(np.int32)
         return _Known(0, *self._slowest(group, cases, shares.rows), kept, given)
 
     def _crowded(self, group: tuple[int, ...], known: _Known, most: int) -> _Known:

@@ -38,13 +38,14 @@ class Planner:
     def __init__(
         self, groups: Groups, order: Sequence[int] | None = None, exact: bool = False, idle: bool = False
     ) -> None:
-        self.groups, self.tables, self.count = groups, groups.tables, groups.count
-        self.order = by_memory(self.tables) if order is None else tuple(order)
-        self.exact, self.idle = exact, idle
+        self.groups, self.exact, self.idle = groups, exact, idle
+        self.order = by_memory(groups.tables) if order is None else tuple(order)
 
     def best(self, num_stages: int | None = None) -> Layout | None:
         """The fastest layout on all devices of the order, of any number of stages or of so many; None: nothing fits."""
-        found = heuristic.planned(self.groups, self.order, num_stages, self.idle)
+        ways = (False, True) if self.idle else (False,)  # to leave devices away can lead algorithm 2 astray
+        tried = (heuristic.planned(self.groups, self.order, num_stages, idle) for idle in ways)
+        found = min(filter(None, tried), key=self.groups.latency, default=None)
         if self.exact:
             limit = float("inf") if found is None else self.groups.latency(found)
             found = exact.fastest(self.groups, ends(self.order), limit, num_stages, self.idle) or found
