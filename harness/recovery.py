@@ -111,13 +111,13 @@ def resumed(
     restorers: Mapping[Range, str],
     backups: Mapping[str, str],
     period: int,
-    through: str | None = None,
+    collect: bool = False,
 ) -> Resumed:
     """The rounds that are left on these stages, after what each device lacks has come to it.
 
     restorers: units of a stage of which nobody is left -> the device that has the copy of its snapshot. It and those
-    that held a stage are where values come from. `backups` and `period`: of the snapshots that follow. `through`: a
-    device that collects all values first, and then hands them out.
+    that held a stage are where values come from. `backups` and `period`: of the snapshots that follow. With `collect`
+    one device collects all values first, and then hands them out: the one that has the most, the first of equals.
     """
     assert loss.plan is not None
     before = stages_of(loss.plan)
@@ -146,15 +146,17 @@ def resumed(
         frozen = [v for v in live[device] if v not in own and not _trained(v, tensors)]  # of these all have the file
         held[device] = (*own, *frozen, *standing[device])
     after = {device: (*live[device], *standing[device]) for device in devices}
-    if through is None:
-        moves = [hand_out(MOVE, held, after, tensors)]
-    else:
+    if collect:
         trained = [value for value in values if _trained(value, tensors)]
-        gathered = {**held, through: tuple(dict.fromkeys((*held[through], *trained)))}
+        has = {device: sum(tensors[v.name].bytes(v) for v in trained if v in held[device]) for device in devices}
+        one = max(devices, key=has.__getitem__)
+        gathered = {**held, one: tuple(dict.fromkeys((*held[one], *trained)))}
         moves = [
             hand_out(COLLECT, held, gathered, tensors),
-            hand_out(REDISTRIBUTE, gathered, after, tensors, (through,)),
+            hand_out(REDISTRIBUTE, gathered, after, tensors, (one,)),
         ]
+    else:
+        moves = [hand_out(MOVE, held, after, tensors)]
     restore = {
         device: tuple(
             original(value.name) for value in standing[device] if _holds(costs, holdings[device], original(value.name))

@@ -82,7 +82,7 @@ def replan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[
         backups,
         topology(after),
         period,
-        through=after[0].devices[0] if options["recovery"] == HEAVY else None,
+        collect=options["recovery"] == HEAVY,
     )
 
 
