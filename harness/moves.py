@@ -33,6 +33,11 @@ def hand_out(name: str, before: Live, after: Live, tensors: Mapping[str, Tensor]
     for device, values in before.items():
         if gone := tuple(value for value in values if value not in after[device]):
             actions[device].append(Free(gone))
+    return moving(name, actions, before, after)
+
+
+def moving(name: str, actions: Mapping[str, Sequence[Action]], before: Live, after: Live) -> Phase:
+    """A phase that computes nothing of the model."""
     return Phase(
         name=name,
         micro_batches=(),

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
+from harness.moves import moving
 from harness.plan import Action, Combine, Commit, Free, Phase, Plan, Recv, Send, Tensor, Value
 
 REPLICATE, COMMIT = "replicate", "commit"
@@ -130,23 +131,6 @@ class _Snapshots:
             device: [Commit(), *([Free(kept)] if kept else [])] for device, kept in self.kept.items()
         }
         return (
-            _moving(REPLICATE, actions, before, both),
-            _moving(COMMIT, gone, both, after),
+            moving(REPLICATE, actions, before, both),
+            moving(COMMIT, gone, both, after),
         )
-
-
-def _moving(
-    name: str,
-    actions: Mapping[str, Sequence[Action]],
-    live: Mapping[str, tuple[Value, ...]],
-    leaves: Mapping[str, tuple[Value, ...]],
-) -> Phase:
-    return Phase(
-        name=name,
-        micro_batches=(),
-        shards={},
-        actions={device: tuple(listed) for device, listed in actions.items()},
-        live=live,
-        leaves=leaves,
-        training=False,
-    )

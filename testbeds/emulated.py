@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,23 +147,19 @@ class Emulation:
             plan = replace(plan, phases=plan.phases[done.phases :])
         machine.ready()
         setting = self._set(machine, asked)
-        self.generation, self.secret = machine.fleet.new_generation()
-        text = to_json(plan)
         dilation = setting.dilation if setting else 1.0
-        pace = self._pace(plan, costs, dilation)
         save = verify or evaluate or keep_trained
+        make = partial(self._jobs, machine, setting, workload, costs, save, faults)
+        rescue = self._rescue(machine, plan, make, faults, replan, done.trained)
         kept = {**self._kept(plan, workload, cache_dir, journal), "done": asdict(done)}
-        rescue = self._rescue(machine, setting, plan, workload, costs, save, faults, replan, done.trained)
-        struck = {fault.device: asdict(fault) for fault in faults}
         jobs = [
             replace(
-                self._job(machine, setting, text, workload, device, save, pace.get(device, ())),
-                state_digest=None if committed is None else committed.digests[device],
+                job,
+                state_digest=None if committed is None else committed.digests[job.device],
                 recovers=rescue is not None,
-                fault=struck.get(device),
                 **kept,
             )
-            for device in plan.devices
+            for job in make(plan)
         ]
         iteration = max(max(p.iteration_s) for p in estimate(plan, costs, self.testbed.cluster).phases)
         events = _Events(machine, self.testbed.events, dilation, self.links)
@@ -221,11 +218,8 @@ class Emulation:
     def _rescue(
         self,
         machine: Machine,
-        setting: Setting | None,
         plan: Plan,
-        workload: Workload,
-        costs: Costs,
-        save: bool,
+        make: Callable[[Plan], Sequence[Job]],
         faults: Sequence[Fault],
         replan: Replan | None,
         began: int,
@@ -233,23 +227,18 @@ class Emulation:
         """What leads the run on without a lost device; None where the plan takes no snapshots."""
         if replan is None or not any(phase.commits for phase in plan.phases):
             return None
-        dilation = setting.dilation if setting else 1.0
 
         def jobs(plan: Plan, agreed: Agreed | None, restore: Mapping[str, Sequence[str]]) -> list[Job]:
-            self.generation, self.secret = machine.fleet.new_generation()
-            pace, text = self._pace(plan, costs, dilation), to_json(plan)
             losses = () if agreed is None else agreed.losses
-            struck = {fault.device: asdict(fault) for fault in faults}
             return [
                 replace(
-                    self._job(machine, setting, text, workload, device, save, pace.get(device, ())),
+                    job,
                     done=asdict(Progress(trained=len(losses))),
                     recovers=True,
                     losses=losses if number == 0 else [0.0] * len(losses),
-                    restore=tuple(restore.get(device, ())),
-                    fault=struck.get(device),
+                    restore=tuple(restore.get(job.device, ())),
                 )
-                for number, device in enumerate(plan.devices)
+                for number, job in enumerate(make(plan))
             ]
 
         return Rescue(
@@ -352,6 +341,28 @@ class Emulation:
         """What is missing of the testbed's latency: a message has a way to go here, too."""
         assert self.links is not None
         return max(0.0, setting.latency_s - self.links.hop_s)
+
+    def _jobs(
+        self,
+        machine: Machine,
+        setting: Setting | None,
+        workload: Workload,
+        costs: Costs,
+        save: bool,
+        faults: Sequence[Fault],
+        plan: Plan,
+    ) -> list[Job]:
+        """Those of a new generation, one per device of the plan."""
+        self.generation, self.secret = machine.fleet.new_generation()
+        text, pace = to_json(plan), self._pace(plan, costs, setting.dilation if setting else 1.0)
+        struck = {fault.device: asdict(fault) for fault in faults}
+        return [
+            replace(
+                self._job(machine, setting, text, workload, device, save, pace.get(device, ())),
+                fault=struck.get(device),
+            )
+            for device in plan.devices
+        ]
 
     def _job(
         self,

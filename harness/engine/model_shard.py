@@ -201,9 +201,9 @@ class ModelShard:
         return self._optimizers[gradients]
 
     def release(self, name: str) -> None:
-        """Let go of the value `weights...` or `frozen...`: nothing uses it any more. The shape stays."""
+        """Let go of the value `weights...` or `frozen...`: nothing uses it until another one comes. The shape stays."""
         for parameter in self.weights(name):
-            parameter.data = parameter.data.new_empty(1).expand(parameter.shape)
+            parameter.data = parameter.data.new_empty(()).expand(parameter.shape)
 
     def gradients(self, name: str) -> Bundle:
         """The value `gradients...` as flat pieces; autograd adds to this very memory until they are dropped."""
@@ -230,11 +230,6 @@ class ModelShard:
         for parameter in self.weights(name):
             parameter.data = parameter.data.clone()
         return old
-
-    def vacate(self, name: str) -> None:
-        """Let go of the value `weights...` until `move_weights` brings another one."""
-        for parameter in self.weights(name):
-            parameter.data = parameter.data.new_empty(()).expand(parameter.shape)
 
     def move_weights(self, name: str, content: Bundle) -> None:
         """The value `weights...` is this from now on, in this memory."""

@@ -914,7 +914,7 @@ class Worker:
         """The value is gone; so are weights that others are to take the place of. Returns what it was made of."""
         payload = iteration.values.pop(value, None)
         if payload is None and value.name in iteration.program.renewed:
-            self.shard.vacate(value.name)
+            self.shard.release(value.name)
         return payload
 
     def _record(self, iteration: Iteration, node: int, queue: str, start: float, end: float) -> None:
