@@ -31,27 +31,33 @@ def expected_s(num_bytes: int, mbit_per_s: float) -> float:
     return num_bytes * 8 / (TCP_SHARE * mbit_per_s * 1e6)
 
 
+def fastest_s(two: Yard, src: int, num_bytes: int, mbit_per_s: float) -> float:
+    """The fastest of at most 12 transfers: what disturbs one, on a machine with other work, only makes it slower."""
+    times: list[float] = []
+    while len(times) < 12 and (not times or min(times) > 1.02 * expected_s(num_bytes, mbit_per_s)):
+        times.append(two.ask("send", src, 1 - src, num_bytes))
+    return min(times)
+
+
 @pytest.mark.parametrize(
     ("src", "mbit_per_s", "num_bytes"),
     [(0, 5.0, 150_000), (0, 50.0, 1_500_000), (1, 50.0, 1_500_000), (0, 200.0, 4_000_000), (1, 200.0, 4_000_000)],
 )
 def test_tcp_gets_95_percent_of_nominal(two: Yard, src: int, mbit_per_s: float, num_bytes: int) -> None:
     shape(two, mbit_per_s, mbit_per_s)
-    # The nearest of three: a transfer may be disturbed by other work of this machine, and is then but slower.
-    times = [two.ask("send", src, 1 - src, num_bytes) for _ in range(3)]
-    assert min(times) == pytest.approx(expected_s(num_bytes, mbit_per_s), rel=0.05)
+    assert fastest_s(two, src, num_bytes, mbit_per_s) == pytest.approx(expected_s(num_bytes, mbit_per_s), rel=0.05)
 
 
 def test_a_path_is_as_fast_as_its_slower_end(two: Yard) -> None:
     shape(two, 20.0, 100.0)
     for src in (0, 1):
-        assert two.ask("send", src, 1 - src, 500_000) == pytest.approx(expected_s(500_000, 20.0), rel=0.1)
+        assert fastest_s(two, src, 500_000, 20.0) == pytest.approx(expected_s(500_000, 20.0), rel=0.1)
 
 
 def test_shaping_again_replaces_and_unshaping_ends_it(two: Yard) -> None:
     shape(two, 10.0, 10.0)
     shape(two, 100.0, 100.0)
-    assert two.ask("send", 0, 1, 1_000_000) == pytest.approx(expected_s(1_000_000, 100.0), rel=0.1)
+    assert fastest_s(two, 0, 1_000_000, 100.0) == pytest.approx(expected_s(1_000_000, 100.0), rel=0.1)
     for rank in (0, 1, 1):
         two.ask("unshape", rank)
     assert two.ask("send", 0, 1, 10_000_000) < expected_s(10_000_000, 1000.0)
@@ -59,10 +65,12 @@ def test_shaping_again_replaces_and_unshaping_ends_it(two: Yard) -> None:
 
 def test_a_rate_changes_under_a_transfer(two: Yard) -> None:
     """Late commands count five-fold here: 1.31 s if the rate changes after 0.2 s, 0.90 s after 0.3 s, 0.42 s never."""
-    shape(two, 100.0, 100.0)
-    time_s = two.ask("send", 0, 1, 5_000_000, ["sleep", 0.2], ["set_rate", 0, 20.0])
-    assert 0.9 < time_s < 1.4
-    assert two.ask("send", 1, 0, 500_000) == pytest.approx(expected_s(500_000, 20.0), rel=0.1)
+    times: list[float] = []
+    while len(times) < 3 and not (times and 0.9 < times[-1] < 1.4):
+        shape(two, 100.0, 100.0)
+        times.append(two.ask("send", 0, 1, 5_000_000, ["sleep", 0.2], ["set_rate", 0, 20.0]))
+    assert 0.9 < times[-1] < 1.4, times
+    assert fastest_s(two, 1, 500_000, 20.0) == pytest.approx(expected_s(500_000, 20.0), rel=0.1)
 
 
 def test_a_pulled_cable_stops_a_transfer_until_it_is_plugged_in(two: Yard) -> None:
@@ -72,7 +80,7 @@ def test_a_pulled_cable_stops_a_transfer_until_it_is_plugged_in(two: Yard) -> No
     events = (["sleep", 0.1], ["set_link", 1, False], ["sleep", pulled_s], ["set_link", 1, True])
     time_s = two.ask("send", 1, 0, 4_000_000, *events)
     assert plain_s + pulled_s < time_s < plain_s + 2.5
-    assert two.ask("send", 1, 0, 1_000_000) == pytest.approx(expected_s(1_000_000, 100.0), rel=0.1)
+    assert fastest_s(two, 1, 1_000_000, 100.0) == pytest.approx(expected_s(1_000_000, 100.0), rel=0.1)
 
 
 def test_a_device_without_cable_sees_no_carrier(two: Yard) -> None:
