@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 
 #: Operator classes that have an achieved rate of their own.
 OPERATOR_CLASSES = ("matmul", "conv", "depthwise")
@@ -31,6 +32,16 @@ class Device:
     measured: str | None = None
     share: float = 1.0
     accelerator: str = "cpu"
+
+    def slowed(self, factor: float) -> Device:
+        """The same board where everything that it does takes `factor` times as long."""
+        return replace(
+            self,
+            rates={kind: (forward / factor, backward / factor) for kind, (forward, backward) in self.rates.items()},
+            kernel_overhead_s=self.kernel_overhead_s * factor,
+            memory_bandwidth=self.memory_bandwidth / factor,
+            share=self.share / factor,
+        )
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,10 @@ class Cluster:
 
     def device(self, name: str) -> Device:
         return self.devices[self.names.index(name)]
+
+    def only(self, names: Collection[str]) -> Cluster:
+        """The cluster of these devices, in its own order."""
+        return replace(self, devices=tuple(device for device in self.devices if device.name in names))
 
     def link(self, src: str, dst: str) -> Link:
         """The link between two devices of a switch: as fast as the slower of the two ports."""

@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from harness import datasets, models, registry
+from harness.cluster import Cluster
 from harness.errors import OrreryError, unknown_name
-from harness.faults import Fault, faults_of
+from harness.faults import Fault, faults_of, joining
 from harness.plain import A_NAME, is_name, is_plain
 from harness.records import SCHEMA_VERSION
 from harness.registry import Method, Testbed
@@ -114,6 +115,12 @@ class Request:
     faults: tuple[Fault, ...] = ()
 
     @property
+    def beginning(self) -> Cluster:
+        """The devices that are there in the beginning."""
+        cluster = self.testbed.cluster
+        return cluster.only(set(cluster.names).difference(joining(self.faults)))
+
+    @property
     def config_hash(self) -> str:
         """Names this run: equal for equal questions, whatever version of the code answers them."""
         asked = {
@@ -121,7 +128,12 @@ class Request:
             "method": [self.method.name, self.method.digest],
             "options": dict(self.options),
             "workload": dataclasses.asdict(self.workload),
-            "testbed": [self.testbed.name, dataclasses.asdict(self.testbed.cluster), [*map(str, self.testbed.events)]],
+            "testbed": [
+                self.testbed.name,
+                dataclasses.asdict(self.testbed.cluster),
+                [*map(str, self.testbed.events)],
+                self.testbed.heartbeat_timeout_s,
+            ],
             "mode": self.mode,
             "repeats": self.repeats,
             "data_dir": None if self.data_dir is None else str(self.data_dir),

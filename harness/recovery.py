@@ -1,13 +1,15 @@
-"""After a failure: what is left to do, by whom, and with what."""
+"""After a failure, or where devices come and go: what is left to do, by whom, and with what."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
+from harness.cluster import Cluster
 from harness.costs import Costs
+from harness.faults import JOIN, LEAVE, Fault
 from harness.moves import hand_out
 from harness.plan import Plan, Tensor, Value
 from harness.plan.values import Range
@@ -20,15 +22,21 @@ MOVE, COLLECT, REDISTRIBUTE = "move", "collect", "redistribute"
 
 
 @dataclass(frozen=True)
-class Loss:
-    """Devices that are gone. `plan` took the snapshot that counts, when so many rounds had `trained`, of which `began`
-    were over before the plan; None: there is no snapshot. `series`: how many plans the run has had."""
+class Change:
+    """Devices that are gone, have joined, or are not as fast any more, since the snapshot that counts.
 
-    devices: tuple[str, ...]
+    `plan` took that snapshot on the devices `before`, when so many rounds had `trained`, of which `began` were over
+    before the plan; None: there is no snapshot. `lost` and `joined` are devices, `series` is how many plans the run has
+    had.
+    """
+
+    lost: tuple[str, ...]
     plan: Plan | None
     trained: int
     series: int
+    before: Cluster
     began: int = 0
+    joined: tuple[str, ...] = ()
 
     @cached_property
     def standing(self) -> dict[str, tuple[Value, ...]]:
@@ -47,24 +55,63 @@ class Loss:
         return {name: tensor for name, tensor in self.plan.tensors.items() if tensor.kind == "snapshots"}
 
 
-@dataclass
-class Losses:
-    """What a run has lost since the snapshot that counts, and the plan that took it."""
+class Membership:
+    """The devices that take part in a run, and how fast they are as far as one knows; what has changed since the
+    snapshot that counts, and the plan that took it.
 
-    series: int = 0
-    _plan: Plan | None = None
-    _began: int = 0
-    _trained: int = 0
-    _devices: tuple[str, ...] = ()
+    `testbed` has all devices that ever take part. `absent`: those of it that are not there in the beginning.
+    """
 
-    def another(self, device: str, plan: Plan, began: int, agreed: int | None) -> Loss:
+    def __init__(self, testbed: Cluster, absent: Collection[str] = ()) -> None:
+        self._testbed = testbed
+        #: Of each device how many times as long it takes as in the testbed.
+        self.slowness = dict.fromkeys(testbed.names, 1.0)
+        self._present = [name for name in testbed.names if name not in absent]
+        self._series = self._began = self._trained = 0
+        self._plan: Plan | None = None
+        self._before = self.cluster
+        self._lost: tuple[str, ...] = ()
+        self._joined: tuple[str, ...] = ()
+
+    @property
+    def cluster(self) -> Cluster:
+        """The devices that take part now, as fast as they are known to be."""
+        devices = tuple(d.slowed(self.slowness[d.name]) for d in self._testbed.devices if d.name in self._present)
+        return replace(self._testbed, devices=devices)
+
+    def lost(self, device: str, plan: Plan, began: int, agreed: int | None) -> Change:
         """`device` is lost under `plan`, in front of which `began` rounds were over. `agreed`: the rounds of its last
         snapshot; None: it has taken none yet, so that the run goes back to the one that it went back to before."""
         if agreed is not None:
-            self._plan, self._began, self._trained, self._devices = plan, began, agreed, ()
-        self.series += 1
-        self._devices = (*self._devices, device)
-        return Loss(self._devices, self._plan, self._trained, self.series, self._began)
+            self._agree(plan, began, agreed)
+        return self._changed((device,))
+
+    def turned(
+        self,
+        plan: Plan,
+        began: int,
+        agreed: int,
+        due: Sequence[Fault],
+        slowness: Mapping[str, float],
+    ) -> Change:
+        """With the snapshot that the plan has just taken, devices leave and join, as is due, and some take so many
+        times as long as one knew."""
+        self._agree(plan, began, agreed)
+        self.slowness = {device: known * slowness.get(device, 1.0) for device, known in self.slowness.items()}
+        left, joined = (tuple(fault.device for fault in due if fault.kind == kind) for kind in (LEAVE, JOIN))
+        self.slowness |= dict.fromkeys(joined, 1.0)
+        return self._changed(left, joined)
+
+    def _agree(self, plan: Plan, began: int, agreed: int) -> None:
+        self._plan, self._began, self._trained, self._before = plan, began, agreed, self.cluster
+        self._lost = self._joined = ()
+
+    def _changed(self, lost: Sequence[str], joined: Sequence[str] = ()) -> Change:
+        self._series += 1
+        self._present = [name for name in (*self._present, *joined) if name not in lost]
+        self._lost = (*self._lost, *lost)
+        self._joined = tuple(name for name in (*self._joined, *joined) if name not in self._lost)
+        return Change(self._lost, self._plan, self._trained, self._series, self._before, self._began, self._joined)
 
 
 @dataclass(frozen=True)
@@ -104,7 +151,7 @@ def resumed(
     method: str,
     workload: Workload,
     costs: Costs,
-    loss: Loss,
+    change: Change,
     stages: Sequence[Stage],
     micro_batch_size: int,
     warmup: Sequence[int],
@@ -119,8 +166,8 @@ def resumed(
     that held a stage are where values come from. `backups` and `period`: of the snapshots that follow. With `collect`
     one device collects all values first, and then hands them out: the one that has the most, the first of equals.
     """
-    assert loss.plan is not None
-    before = stages_of(loss.plan)
+    assert change.plan is not None
+    before = stages_of(change.plan)
     devices = tuple(device for stage in stages for device in stage.devices)
     holdings = {device: [stage.units for stage in before if device in stage.devices] for device in devices}
     for units, device in restorers.items():
@@ -134,10 +181,10 @@ def resumed(
     )
     phases = tuple(
         pipeline.phase(micro_batches(size, micro_batch_size), warmup, repeat=repeat)
-        for size, repeat in left_over(workload, loss.trained)
+        for size, repeat in left_over(workload, change.trained)
     )
-    tensors = {**loss.snapshot_tensors, **pipeline.tensors}
-    standing = loss.standing
+    tensors = {**change.snapshot_tensors, **pipeline.tensors}
+    standing = {device: change.standing.get(device, ()) for device in devices}
     live = phases[0].live
     values = list(dict.fromkeys(value for held in live.values() for value in held))
     held: dict[str, tuple[Value, ...]] = {}
@@ -165,7 +212,7 @@ def resumed(
     }
     about = dict(summary(costs, stages, micro_batch_size, phases[0]))
     rest = Plan(method, len(costs.units), tensors, phases, about)
-    again = replicated(rest, backups, period, loss.series, standing)
+    again = replicated(rest, backups, period, change.series, standing)
     return Resumed(replace(again, phases=(*moves, *again.phases)), restore)
 
 

@@ -30,7 +30,7 @@ from harness.techniques import TECHNIQUES
 from harness.workload import Workload
 
 if TYPE_CHECKING:
-    from harness.recovery import Loss, Resumed
+    from harness.recovery import Change, Resumed
 
 SYSTEMS, BASELINES = METHOD_PACKAGES = ("systems", "baselines")
 ENTRY_POINTS = "orrery.methods"
@@ -61,20 +61,22 @@ class Entry:
 class Method:
     """A planner. `digest` is the hash of its file where the user gave one, so that an edited file is a new run.
 
-    `replan`: what it does about lost devices; None: a lost device is the end.
+    `replan`: what it does about devices that are lost, leave, join or become slow, on the cluster as it is now; None: a
+    lost device is the end.
     """
 
     name: str
     options: Mapping[str, object]
     plan: Callable[[Workload, Costs, Cluster, Mapping[str, object]], Plan]
     digest: str | None = None
-    replan: Callable[[Workload, Costs, Cluster, Mapping[str, object], Loss], Resumed] | None = None
+    replan: Callable[[Workload, Costs, Cluster, Mapping[str, object], Change], Resumed | None] | None = None
 
 
 class Testbed(Protocol):
     """What the runner needs of a testbed. `assumptions`: the assumed and fitted constants underneath.
 
-    `events`: what happens to it during a run.
+    `events`: what happens to it during a run. `heartbeat_timeout_s`: how long nothing is heard of a device before it is
+    taken for lost.
     """
 
     @property
@@ -87,6 +89,8 @@ class Testbed(Protocol):
     def assumptions(self) -> Sequence[Any]: ...
     @property
     def events(self) -> Sequence[Any]: ...
+    @property
+    def heartbeat_timeout_s(self) -> float: ...
 
 
 class Mode(Protocol):

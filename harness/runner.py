@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import functools
 import sys
 import time
 import traceback
@@ -18,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from harness import datasets, measure, models, profile, provenance, registry, store, techniques
+from harness.cluster import Cluster
 from harness.costs import Costs
 from harness.errors import Broken, OrreryError, OutOfMemory, Unsupported
 from harness.experiment import COMPUTED, Request, planned, reads_images
@@ -26,7 +26,7 @@ from harness.plan import Plan, Step, serial
 from harness.plan.graph import InvalidPlan
 from harness.plan.validate import validate
 from harness.records import SCHEMA_VERSION, AssumedConstant, Provenance, Record
-from harness.recovery import Loss, Resumed
+from harness.recovery import Change, Resumed
 from harness.registry import Testbed
 from harness.resume import Journal
 from harness.trace import Trace
@@ -162,21 +162,22 @@ def _check_faults(request: Request, plan: Plan) -> None:
         return
     if method.replan is None:
         raise OrreryError(
-            f"{method.name} does not go on without a lost device, so that {str(request.faults[0])!r} would only end it."
+            f"{method.name} does not plan again where devices change, so that nothing is known to be done about "
+            f"{str(request.faults[0])!r}."
         )
     if not any(phase.commits for phase in plan.phases):
         raise OrreryError(
-            f"The plan of {method.name} takes no snapshots to go back to after {str(request.faults[0])!r}. "
+            f"The plan of {method.name} takes no snapshots to go on from after {str(request.faults[0])!r}. "
             f"Set {method.name}.replication_period to a number of rounds."
         )
 
 
-def _replan(request: Request, costs: Costs) -> Callable[[Loss], Resumed] | None:
-    """What the method does about a lost device, if anything."""
-    method, cluster = request.method, request.testbed.cluster
-    if method.replan is None:
+def _replan(request: Request, costs: Costs) -> Callable[[Cluster, Change], Resumed | None] | None:
+    """What the method does where the devices are not any more what they were, if anything."""
+    replan = request.method.replan
+    if replan is None:
         return None
-    return functools.partial(method.replan, request.workload, costs, cluster, request.options)
+    return lambda cluster, change: replan(request.workload, costs, cluster, request.options, change)
 
 
 def run(request: Request) -> Record:
@@ -250,7 +251,7 @@ class _Series:
         found.update(resumed_after_epoch=execution.resumed_after_epoch)
         seen = execution.trace, request.workload, request.testbed.cluster
         measured = measure.measure(*seen, execution.resumed_after_epoch or 0)
-        if execution.recoveries:
+        if execution.whole_s is not None:
             measured |= measure.recovered(execution.whole_s, execution.recoveries, request.workload)
             found.update(peak_memory_bytes=None, memory=None)
         self.runs.append(measured)
@@ -326,7 +327,7 @@ def make_plan(request: Request, found: dict[str, Any] | None = None) -> tuple[Co
 
 def _planned(request: Request, costs: Costs) -> Plan:
     """What the method answers. Its code may be anybody's: it gets copies, and standard output is not for it."""
-    method, cluster = request.method, request.testbed.cluster
+    method, cluster = request.method, request.beginning
     try:
         with contextlib.redirect_stdout(sys.stderr):
             plan: object = method.plan(request.workload, costs, cluster, copy.deepcopy(dict(request.options)))

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from harness import datasets, evaluation, reference, samples
+from harness.cluster import Cluster
 from harness.costs import Costs
 from harness.engine import DeviceReport, Execution, check_samples, execution
 from harness.engine.checkpoint import Progress, epoch_ends, file_digest
 from harness.errors import OrreryError, OutOfMemory, Unsupported
-from harness.faults import Fault
+from harness.faults import CUT, JOIN, LEAVE, SLOW, Fault, joining
 from harness.fleet.coordinator import Agreed, Lost
 from harness.fleet.job import SAMPLES, WEIGHTS, Job, answers, trained, trained_buffers, trained_parameters
 from harness.manifest import identity
@@ -28,6 +29,7 @@ from harness.plan import Load, Plan, Store
 from harness.plan.actions import COMPUTE
 from harness.plan.serial import to_json
 from harness.profile.measure import LOCAL, on_this_machine
+from harness.recovery import Membership
 from harness.registry import Finding
 from harness.resume import Committed, Journal
 from harness.samples import Dataset
@@ -36,6 +38,7 @@ from harness.workload import Workload
 from testbeds.emulation import calibration, cgroups, leftovers, namespaces, shaping
 from testbeds.emulation.calibration import Cores, Links
 from testbeds.emulation.machine import Machine
+from testbeds.emulation.quota import quota_for
 from testbeds.emulation.rescue import Replan, Rescue
 from testbeds.emulation.setting import PACED_HEADROOM, Setting, decide, speeds
 from testbeds.library import PACED, QUOTA, Event, Testbed
@@ -130,7 +133,7 @@ class Emulation:
         With `keep_trained` the parameters that were trained are given, too.
 
         `faults` are what is to happen to devices. Where the plan takes snapshots, and there is a `replan`, a lost
-        device is not the end.
+        device is not the end, and others may join.
 
         `cache_dir` is where activation caches are kept. With a journal the run goes on where it was killed, and its
         state is kept. Raises OutOfMemory for a device over its limit, Broken (a failed row) for one that is lost.
@@ -149,8 +152,8 @@ class Emulation:
         setting = self._set(machine, asked)
         dilation = setting.dilation if setting else 1.0
         save = verify or evaluate or keep_trained
-        make = partial(self._jobs, machine, setting, workload, costs, save, faults)
-        rescue = self._rescue(machine, plan, make, faults, replan, done.trained)
+        make = partial(self._jobs, machine, setting, workload, costs, save)
+        rescue = self._rescue(machine, plan, costs, make, faults, replan, done.trained)
         kept = {**self._kept(plan, workload, cache_dir, journal), "done": asdict(done)}
         jobs = [
             replace(
@@ -159,7 +162,7 @@ class Emulation:
                 recovers=rescue is not None,
                 **kept,
             )
-            for job in make(plan)
+            for job in make(plan, faults, {})
         ]
         iteration = max(max(p.iteration_s) for p in estimate(plan, costs, self.testbed.cluster).phases)
         events = _Events(machine, self.testbed.events, dilation, self.links)
@@ -219,35 +222,65 @@ class Emulation:
         self,
         machine: Machine,
         plan: Plan,
-        make: Callable[[Plan], Sequence[Job]],
+        costs: Costs,
+        make: Callable[[Plan, Sequence[Fault], Mapping[str, float]], Sequence[Job]],
         faults: Sequence[Fault],
         replan: Replan | None,
         began: int,
     ) -> Rescue | None:
-        """What leads the run on without a lost device; None where the plan takes no snapshots."""
+        """What leads the run on where devices change; None where the plan takes no snapshots."""
         if replan is None or not any(phase.commits for phase in plan.phases):
             return None
+        if not self.shaped and any(fault.kind in (CUT, SLOW) for fault in faults):
+            raise OrreryError(
+                f"On {self.testbed.name} devices have neither links nor a speed of their own, so that none can be cut "
+                "off or become slow. Choose a testbed that is shaped, or mode simulated."
+            )
 
-        def jobs(plan: Plan, agreed: Agreed | None, restore: Mapping[str, Sequence[str]]) -> list[Job]:
+        def jobs(
+            plan: Plan,
+            agreed: Agreed | None,
+            restore: Mapping[str, Sequence[str]],
+            left: Sequence[Fault],
+            slowness: Mapping[str, float],
+        ) -> list[Job]:
             losses = () if agreed is None else agreed.losses
             return [
                 replace(
                     job,
                     done=asdict(Progress(trained=len(losses))),
                     recovers=True,
+                    follows=True,
                     losses=losses if number == 0 else [0.0] * len(losses),
                     restore=tuple(restore.get(job.device, ())),
                 )
-                for number, job in enumerate(make(plan))
+                for number, job in enumerate(make(plan, left, slowness))
             ]
+
+        def expected(plan: Plan, cluster: Cluster) -> list[dict[str, float]]:
+            phases = own_seconds(plan, costs, cluster)
+            return [{device: sum(seconds.values()) for device, seconds in phase.items()} for phase in phases]
+
+        def slow(device: str, factor: float) -> None:
+            if self.cores is not None:
+                machine.order("cpu", device, quota=quota_for(self.cores.shares[device] / factor))
+
+        def prepare(device: str) -> None:
+            if device in machine.fleet.gone:
+                self._restart(machine, device)
+                slow(device, 1.0)
 
         return Rescue(
             plan,
             replan,
             faults,
+            Membership(self.testbed.cluster, joining(faults)),
             jobs,
             cut=lambda device: machine.order("link", device, up=False),
+            slow=slow,
             fence=machine.kill,
+            prepare=prepare,
+            expected=expected if self.shaped else None,
             began=began,
         )
 
@@ -284,15 +317,31 @@ class Emulation:
         }
 
     def _machine(self) -> Machine:
-        """The processes, on their way up; new ones where some were lost in the last run."""
+        """The processes, on their way up; new ones for those that were lost in the last run."""
         if self.machine is not None and self.machine.broken:
             self.close()
             self.setting = self.cores = self.links = None
             self.oom_kills.clear()
+        if self.machine is not None:
+            for device in sorted(self.machine.fleet.gone):
+                self._restart(self.machine, device)
         if self.machine is None:
             limited = self.quota or bool(self.testbed.own_memory)
-            self.machine = Machine(self.testbed.cluster.names, self.shaped, limited, [self.folder, self.lock])
+            self.machine = Machine(
+                self.testbed.cluster.names,
+                self.shaped,
+                limited,
+                [self.folder, self.lock],
+                self.testbed.heartbeat_timeout_s,
+            )
         return self.machine
+
+    def _restart(self, machine: Machine, device: str) -> None:
+        """Another supervisor in the place of one that is gone, with a link as it was."""
+        machine.restart(device)
+        if self.links is not None and self.setting is not None:
+            latency_s = self._added_latency_s(self.setting) if machine.has_netem else 0.0
+            calibration.shape(machine, {device: self.links.nominal_mbit_per_s[device]}, latency_s)
 
     def _decide(self, workload: Workload, costs: Costs) -> Setting | None:
         """What is asked of this machine; None on loopback. Raises OrreryError where it is too much."""
@@ -349,17 +398,19 @@ class Emulation:
         workload: Workload,
         costs: Costs,
         save: bool,
-        faults: Sequence[Fault],
         plan: Plan,
+        faults: Sequence[Fault],
+        slowness: Mapping[str, float],
     ) -> list[Job]:
-        """Those of a new generation, one per device of the plan."""
+        """Those of a new generation, one per device of the plan, with what is to happen to it, and how slow it is."""
         self.generation, self.secret = machine.fleet.new_generation()
         text, pace = to_json(plan), self._pace(plan, costs, setting.dilation if setting else 1.0)
-        struck = {fault.device: asdict(fault) for fault in faults}
+        inside = [fault for fault in faults if fault.kind not in (LEAVE, JOIN)]
         return [
             replace(
                 self._job(machine, setting, text, workload, device, save, pace.get(device, ())),
-                fault=struck.get(device),
+                faults=tuple(asdict(fault) for fault in inside if fault.device == device),
+                slowness=slowness.get(device, 1.0),
             )
             for device in plan.devices
         ]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from harness.cluster import Cluster, Device
 from harness.errors import OrreryError, unknown_name
+from harness.faults import HEARTBEAT_TIMEOUT_S
 from testbeds.constants import Constant, Table, read
 from testbeds.profiles import MEDIA, MODEL_CONSTANTS, PORT_CONSTANTS, DeviceProfile, devices, load_device
 
@@ -25,6 +26,8 @@ MODES = ("simulated", "emulated", "real")
 DUPLEX = ("full", "half", "shared")
 PACED, QUOTA = "paced", "quota"
 MAX_DEVICES = 10_000
+#: Heartbeats come every 0.15 s; a few of them may be late where the machine is busy.
+LEAST_TIMEOUT_S = 0.6
 FAMILY = "-N"
 MEMORY, LAUNCH = "usable_memory_bytes", "kernel_overhead_s"
 #: What can be asked for with an @ behind a testbed's name: unit -> the constant that it changes, and its size.
@@ -73,7 +76,8 @@ class Testbed:
     `medium` is "loopback" where the links are this machine's own. `own_memory` are the devices with a memory of their
     own; the others share this machine's. `events` happen while the testbed is emulated.
     `computing` says what gives emulated devices their speed: "paced" actions take the time that the device needs, by a
-    "quota" it has a share of a core.
+    "quota" it has a share of a core. `heartbeat_timeout_s`: a device of which nothing is heard for so
+    long is lost.
     """
 
     name: str
@@ -86,6 +90,7 @@ class Testbed:
     own_memory: frozenset[str]
     events: tuple[Event, ...] = ()
     computing: str = PACED
+    heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S
 
     __test__ = False  # not a test class, whatever pytest makes of the name
 
@@ -177,6 +182,11 @@ def _load(path: Path, name: str, changes: Mapping[str, Constant], count: int | N
             members = ", ".join(_member(path, n) for n in counts)
             raise OrreryError(f"There is no testbed called {name!r}. Its family has {members}.")
     computing = table.choice("computing", (PACED, QUOTA)) if table.has("computing") else PACED
+    timeout_s = HEARTBEAT_TIMEOUT_S
+    if table.has("heartbeat_timeout_s"):
+        timeout_s = table.number("heartbeat_timeout_s", allow_zero=False)
+        if timeout_s < LEAST_TIMEOUT_S:
+            raise table.error("heartbeat_timeout_s", f"is {timeout_s:g}. It must be at least {LEAST_TIMEOUT_S:g}.")
     slots = _slots(table, path.parent, count)
     if MEMORY in changes:
         slots = [replace(slot, memory_bytes=int(changes[MEMORY].value)) for slot in slots]
@@ -224,6 +234,7 @@ def _load(path: Path, name: str, changes: Mapping[str, Constant], count: int | N
         own_memory=frozenset(own),
         events=events,
         computing=computing,
+        heartbeat_timeout_s=timeout_s,
     )
 
 

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from harness.cluster import Cluster
 from harness.costs import Costs
 from harness.errors import Unsupported
 from harness.faults import Fault
 from harness.plan import Plan
-from harness.recovery import Loss, Resumed
+from harness.recovery import Change, Resumed
 from harness.registry import Finding
 from harness.simulator import simulate
 from harness.trace import Trace
@@ -22,8 +23,8 @@ from testbeds.simulation.recovery import run
 
 @dataclass(frozen=True)
 class Simulation:
-    """The trace of a run that computed nothing, so that it has no losses. Of one that lost devices it is the trace of
-    what came after the last of them; all took `whole_s`."""
+    """The trace of a run that computed nothing, so that it has no losses. Of one whose devices changed it is
+    the trace of what came after the last change; all took `whole_s`."""
 
     trace: Trace
     losses: tuple[float, ...] = ()
@@ -47,12 +48,12 @@ def opened(testbed: Testbed) -> Iterator[Callable[..., Simulation]]:
         workload: Workload,
         costs: Costs,
         faults: Sequence[Fault] = (),
-        replan: Callable[[Loss], Resumed] | None = None,
+        replan: Callable[[Cluster, Change], Resumed | None] | None = None,
         **how_for_real: object,
     ) -> Simulation:
         if not faults or replan is None:
             return Simulation(simulate(plan, costs, testbed.cluster))
-        trace, recoveries, whole_s = run(plan, costs, testbed.cluster, faults, replan)
+        trace, recoveries, whole_s = run(plan, costs, testbed.cluster, faults, replan, testbed.heartbeat_timeout_s)
         return Simulation(trace, recoveries=recoveries, whole_s=whole_s)
 
     yield execute

@@ -20,6 +20,7 @@ from torch import Tensor
 from harness.engine.model_shard import ModelShard
 from harness.engine.tensors import Bundle
 from harness.errors import OrreryError
+from harness.models.shards import absent
 from harness.plan import Plan, Value
 from harness.store import write_whole
 from harness.workload import Workload
@@ -109,7 +110,7 @@ def file_digest(path: Path) -> str:
 
 def _buffers(shard: ModelShard) -> Iterator[tuple[str, Tensor]]:
     for name, buffer in shard.layered.root.named_buffers():
-        if not buffer.is_meta:
+        if not absent(buffer):
             yield f"buffer:{name}", buffer
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +100,7 @@ class ModelShard:
 
     def buffers(self) -> list[Tensor]:
         """Batch-norm statistics and the like, as far as they are on this device."""
-        return [buffer for buffer in self.layered.root.buffers() if not buffer.is_meta]
+        return [buffer for buffer in self.layered.root.buffers() if not absent(buffer)]
 
     def weights_bundle(self, name: str) -> Bundle:
         """The value `weights...` as flat pieces."""
@@ -169,6 +169,8 @@ class ModelShard:
             stored = piece.clone().view(buffer.dtype).view(buffer.shape)
             if buffer.is_meta:
                 fill(buffer, stored)
+            elif absent(buffer):
+                buffer.data = stored
             else:
                 buffer.copy_(stored)
             first = last
@@ -202,8 +204,15 @@ class ModelShard:
 
     def release(self, name: str) -> None:
         """Let go of the value `weights...` or `frozen...`: nothing uses it until another one comes. The shape stays."""
-        for parameter in self.weights(name):
-            parameter.data = parameter.data.new_empty(()).expand(parameter.shape)
+        _let_go(self.weights(name))
+
+    def forget(self, values: Collection[Value]) -> None:
+        """Let go of what training has made of these values: weights, and buffers."""
+        for value in values:
+            if self.plan.tensors[value.name].kind == "weights":
+                _let_go(p for p in self.weights(value.name) if p.requires_grad)
+            elif value.name.startswith("buffers@"):
+                _let_go(self._buffers(value.name))
 
     def gradients(self, name: str) -> Bundle:
         """The value `gradients...` as flat pieces; autograd adds to this very memory until they are dropped."""
@@ -366,6 +375,15 @@ class ModelShard:
 
     def _served(self) -> list[nn.Parameter]:
         return [p for name, parameters in self._parameters.items() if name.startswith(SERVED) for p in parameters]
+
+
+def _let_go(tensors: Iterable[Tensor]) -> None:
+    """Free their memory; the shape stays."""
+    for tensor in tensors:
+        if not tensor.is_meta:
+            hollow = tensor.data.new_empty(()).expand(tensor.shape)
+            hollow.untyped_storage().resize_(0)
+            tensor.data = hollow
 
 
 def _gradients(state: str) -> str:

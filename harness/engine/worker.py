@@ -103,11 +103,13 @@ class Worker:
 
     `pace`: of every phase the seconds that each node of the compute and storage queues shall take. This machine does it
     faster, and then the device waits; one whose computing is late by more than a tenth of its time is refused.
+    `slowness`: how many times as long as that it takes.
     `cache`: where it loads and stores.
     `begin`: what was done before the plan's first phase, with its `losses`. `phase_over(place, losses)` is called
     between phases, when what the next one begins with is there.
-    `snapshot`: one that still counts, of which the first phase begins with the values. `commit(trained, losses)` is the
-    barrier at which another one does. `fault(iteration, node)` is called before the node of a queue is begun.
+    `snapshot`: one that still counts, of which the first phase begins with the values. `commit(trained, losses,
+    seconds)` is the barrier at which another one does, with those that the last round has computed. `fault(iteration,
+    node)` is called before the node of a queue is begun.
     """
 
     def __init__(
@@ -128,8 +130,8 @@ class Worker:
         phase_over: Callable[[int, Sequence[float]], None] = lambda place, losses: None,
         keeps_answers: bool = True,
         snapshot: Snapshot | None = None,
-        commit: Callable[[int, Sequence[float]], None] = lambda trained, losses: None,
-        fault: Callable[[Iteration, int], None] | None = None,
+        commit: Callable[[int, Sequence[float], float], None] = lambda trained, losses, seconds: None,
+        slowness: float = 1.0,
     ) -> None:
         self.device, self.plan, self.programs, self.workload = device, plan, programs, workload
         self.shard, self.dataset, self.transport = shard, dataset, transport
@@ -138,7 +140,8 @@ class Worker:
         self.keeps_answers = keeps_answers
         #: The snapshot that counts, and while it is not known whether all have the next one, that one.
         self.snapshots = [] if snapshot is None else [snapshot]
-        self.commit, self.fault = commit, fault
+        self.commit = commit
+        self.fault: Callable[[Iteration, int], None] | None = None
         self._lock = threading.Lock()
         self._compute_turn, self._send_turn, self._store_turn = (threading.Condition(self._lock) for _ in range(3))
         self._error: BaseException | None = None
@@ -155,6 +158,8 @@ class Worker:
         #: Of every request, or token of one, the samples and what the head, where it is here, has made of them.
         self.answers: list[tuple[Sequence[int], Tensor]] = []
         self._late_s = 0.0
+        #: How many times as long the device takes as it is paced; and the seconds that it has computed in a round.
+        self._slowness, self._round_s = slowness, 0.0
         #: When the storage queue was last done, when this iteration's loads could begin, and when the next one's can.
         self._stored_s = self._issued_s = self._issues_s = 0.0
         self._events: list[Event] = []
@@ -266,7 +271,7 @@ class Worker:
                     self._agree(phase, carried, losses)
                 elif phase.is_request:
                     self.barrier()
-                began = time.perf_counter()
+                began, computed_s = time.perf_counter(), self._busy[COMPUTE]
                 if not phase.decoding:
                     mine, token = (ids if computes else moved).next(phase) if phase.micro_batches else (), 0
                 self._prefetch(program, mine, ids.peek(phase) if phase.training and index < last else ())
@@ -277,6 +282,7 @@ class Worker:
                     self._finish(iteration)
                 carried = self._carry(iteration)
                 if computes:
+                    self._round_s = self._busy[COMPUTE] - computed_s
                     losses += [loss / rows for loss, rows in zip(iteration.losses, phase.update_rows, strict=True)]
                 number, token = number + 1, token + 1
                 spans.append((began - origin, time.perf_counter() - origin))
@@ -309,7 +315,7 @@ class Worker:
             if value.name in left and self.plan.tensors[value.name].kind == "snapshots"
         }
         self.snapshots.append(Snapshot(self.plan, len(losses), values))
-        self.commit(len(losses), losses)
+        self.commit(len(losses), losses, self._round_s)
         del self.snapshots[:-1]
 
     def _watched(
@@ -401,11 +407,15 @@ class Worker:
                 self._compute_turn.wait()
         self._check()
 
+    def slow_down(self, factor: float) -> None:
+        """From now on take so many times as long as the pace says."""
+        self._slowness = factor
+
     def _keep_pace(self, iteration: Iteration, node: int, start: float) -> float:
         """Wait until the device that this one plays would be ready, too. Returns by how much it is late, if it is."""
         if not self.pace:
             return 0.0
-        left = start + self.pace[iteration.phase].get(node, 0.0) - time.perf_counter()
+        left = start + self.pace[iteration.phase].get(node, 0.0) * self._slowness - time.perf_counter()
         if left > 0:
             time.sleep(left)
         return max(0.0, -left)

@@ -8,6 +8,7 @@ import struct
 import sys
 from collections.abc import Iterable, Mapping
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any
 
 Message = Mapping[str, Any]
@@ -59,6 +60,20 @@ class Channel:
         """The next message as it came."""
         try:
             return self.reading.recv_bytes()
+        except (EOFError, OSError) as error:
+            raise _closed(error) from error
+
+    def send_descriptor(self, descriptor: int, pid: int) -> None:
+        """Hand a file descriptor to process `pid`, at the other end of a socket of this machine."""
+        try:
+            send_handle(self._writing, descriptor, pid)
+        except OSError as error:
+            raise _closed(error) from error
+
+    def take_descriptor(self) -> int:
+        """One that was sent."""
+        try:
+            return recv_handle(self.reading)
         except (EOFError, OSError) as error:
             raise _closed(error) from error
 

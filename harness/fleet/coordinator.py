@@ -8,12 +8,12 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from harness.engine import DeviceReport
 from harness.errors import Broken, OrreryError, Unsupported
-from harness.faults import SILENCE_S
+from harness.faults import HEARTBEAT_TIMEOUT_S, Fault
 from harness.fleet.channel import Channel, Closed, Message, ready
 from harness.fleet.job import REPORT, Job
 from harness.fleet.probe import ComputeProbe, LinkProbe
@@ -39,9 +39,14 @@ class Agreed:
 class Recovers(Protocol):
     """What goes on where a device is lost, and the run is not over with it."""
 
-    def struck(self, device: str, at: float) -> bool:
-        """A fault that was asked for happens, at that time of `time.monotonic`. Returns whether the device can't be
-        heard any more."""
+    def struck(self, fault: Fault, at: float) -> bool:
+        """What was asked for happens, at that time of `time.monotonic`. Returns whether the device can't be heard any
+        more."""
+        ...
+
+    def turn(self, agreed: Agreed, seconds: Mapping[str, float]) -> Sequence[Job] | None:
+        """All devices have a snapshot. The jobs of the next generation where the run goes on from it with others, or
+        otherwise; None: it just goes on. `seconds`: what each computed in the round before."""
         ...
 
     def recover(self, lost: Lost, agreed: Agreed | None) -> Sequence[Job]:
@@ -60,6 +65,14 @@ class Lost(Broken):
     def __init__(self, device: str, cause: str, exit_code: int | None = None) -> None:
         super().__init__(f"{device}: {cause}")
         self.device, self.exit_code = device, exit_code
+
+
+class _Turn(Exception):
+    """From a snapshot on the run goes on with a new generation, and nobody is lost."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        super().__init__("a new generation")
+        self.jobs = jobs
 
 
 class _Remote(Exception):
@@ -92,11 +105,14 @@ class _Bad:
 class Fleet:
     """The supervisors of all devices, by device, in rank order. Runs one plan after the other.
 
-    `broken` says that a supervisor is gone, so that nothing can run here any more.
+    One that is not heard of for the timeout is lost.
+    `gone` are devices whose supervisor is gone, or may be. `broken` says that nothing can run here any more.
     """
 
-    supervisors: Mapping[str, Channel]
+    supervisors: dict[str, Channel]
+    heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S
     generation: int = 0
+    gone: set[str] = field(default_factory=set)
     broken: bool = False
 
     def run(
@@ -113,11 +129,11 @@ class Fleet:
         `begun(origin)` is called when the clock has started, `meanwhile()` now and then from then on, and
         `saved(epochs, digests)` when every device has written its state after so many epochs. Raises Lost when
         a worker or supervisor dies, fails or hangs, and Unsupported or OrreryError where a worker did; every worker is
-        gone then, too. With `recovers` Lost is for it to deal with: the reports are of the devices that are left.
+        gone then, too. With `recovers` Lost is for it to deal with: the reports are of those that are there in the end.
         """
         jobs_of = {job.device: {"plan": asdict(job)} for job in jobs}
         done = self._lead(jobs_of, "done", stall_s, begun, meanwhile, saved, recovers)
-        return [REPORT.validate_python(done[job.device]) for job in jobs if job.device in done]
+        return [REPORT.validate_python(done[device]) for device in self.supervisors if device in done]
 
     def probe(self, probes: Mapping[str, ComputeProbe | LinkProbe], stall_s: float) -> dict[str, dict[str, float]]:
         """Measure on several devices at once; answers by device. Raises like `run`."""
@@ -147,7 +163,9 @@ class Fleet:
                 except Lost as lost:
                     if recovers is None:
                         raise
-                    run.regroup(lost.device, recovers.recover(lost, run.agreed))
+                    run.regroup(recovers.recover(lost, run.agreed))
+                except _Turn as turn:
+                    run.regroup(turn.jobs)
         finally:
             run.end()
 
@@ -209,26 +227,28 @@ class _Run:
         #: When a worker first said that it had lost a peer, and what it said.
         self.lost_peer: tuple[float, _Bad] | None = None
 
-    def regroup(self, lost: str, jobs: Sequence[Job]) -> None:
-        """The next generation of workers, in the same processes, without the device that is lost."""
-        self.fleet.broken = True  # for the next run
-        generation = jobs[0].generation
-        left = {job.device for job in jobs}
-        for device in set(self.channels) - left:
+    def regroup(self, jobs: Sequence[Job]) -> None:
+        """The next generation of workers: in the same processes, and new ones of devices that join."""
+        members = [job.device for job in jobs]
+        for device in set(self.channels).difference(members):
+            self.fleet.gone.add(device)
             self.alive[device] = False
             with contextlib.suppress(Closed):
                 self.channels[device].send({"stop": True})
-        now = time.monotonic()
-        self.channels = {device: channel for device, channel in self.channels.items() if device in left}
-        self.generation, self.bad, self.lost_peer = generation, [], None
-        for device in self.channels:
-            self.heard[device] = self.moved[device] = now
-            self.said[device] = []
-        for of_device in (self.heard, self.moved, self.progress, self.said):
-            for device in set(of_device) - left:
-                del of_device[device]
+        before, now = self.channels, time.monotonic()
+        self.channels = {device: self.fleet.supervisors[device] for device in members}
+        self.device_of = {id(channel): device for device, channel in self.channels.items()}
+        self.generation, self.bad, self.lost_peer = jobs[0].generation, [], None
+        self.heard, self.moved = dict.fromkeys(members, now), dict.fromkeys(members, now)
+        self.progress = {device: self.progress.get(device, 0) for device in members}
+        self.said = {device: [] for device in members}
         for job in jobs:
-            self.tell_supervisor(job.device, {"worker": {"regroup": asdict(job)}})
+            if job.device in before:
+                self.tell_supervisor(job.device, {"worker": {"regroup": asdict(job)}})
+            else:
+                self.alive[job.device] = True
+                self.unheard.discard(job.device)
+                self.tell_supervisor(job.device, {"run": {"plan": asdict(job)}})
 
     def tell_supervisor(self, device: str, message: Message) -> None:
         try:
@@ -250,7 +270,7 @@ class _Run:
             if len(found) == len(self.said):
                 return found
             if all(said and "reached" in said[-1] for said in self.said.values()):
-                self._agree([said.pop()["reached"] for said in self.said.values()])
+                self._agree({device: said.pop()["reached"] for device, said in self.said.items()})
                 self.tell_all({"proceed": True})
             self._listen(0.05)
             if self.bad:
@@ -258,11 +278,17 @@ class _Run:
             self._check_silence()
             meanwhile()
 
-    def _agree(self, reached: Sequence[Any]) -> None:
-        """Where the barrier is one at which a snapshot counts from now on, remember it."""
-        if all(isinstance(about, dict) for about in reached):
-            losses = tuple(map(sum, zip(*(about["losses"] for about in reached), strict=True)))
-            self.agreed = Agreed(reached[0]["trained"], losses)
+    def _agree(self, reached: Mapping[str, Any]) -> None:
+        """Where the barrier is one at which a snapshot counts from now on, remember it, and turn if that is wanted."""
+        if not all(isinstance(about, dict) for about in reached.values()):
+            return
+        losses = tuple(map(sum, zip(*(about["losses"] for about in reached.values()), strict=True)))
+        self.agreed = Agreed(next(iter(reached.values()))["trained"], losses)
+        if self.recovers is None:
+            return
+        jobs = self.recovers.turn(self.agreed, {device: about["seconds"] for device, about in reached.items()})
+        if jobs is not None:
+            raise _Turn(jobs)
 
     def end(self) -> None:
         """Every worker is gone when this returns."""
@@ -310,7 +336,9 @@ class _Run:
             return  # of a generation that is over
         elif "fault" in message["worker"]:
             assert self.recovers is not None
-            if self.recovers.struck(device, message["worker"]["fault"]["at"]):
+            about = dict(message["worker"]["fault"])
+            at = about.pop("at")
+            if self.recovers.struck(Fault(**about), at):
                 self.unheard.add(device)
         elif "lost" in message["worker"]:
             if self.lost_peer is None:
@@ -336,16 +364,16 @@ class _Run:
         if alive["progress"] != self.progress[device]:
             self.progress[device] = alive["progress"]
             self.moved[device] = time.monotonic()
-        if alive["silent_s"] > SILENCE_S and not self.closing:
+        if alive["silent_s"] > self.fleet.heartbeat_timeout_s and not self.closing:
             cause = f"its worker hangs: no sign of life for {alive['silent_s']:.1f} s"
             self.bad.append(_Bad(device, cause))
 
     def _check_silence(self) -> None:
         now = time.monotonic()
-        if self.lost_peer is not None and now - self.lost_peer[0] > SILENCE_S + GRACE_S:
+        if self.lost_peer is not None and now - self.lost_peer[0] > self.fleet.heartbeat_timeout_s + GRACE_S:
             self.bad.append(self.lost_peer[1])  # all can be heard: it is no device that is lost
         for device, heard in self.heard.items():
-            if now - heard > SILENCE_S:
+            if now - heard > self.fleet.heartbeat_timeout_s:
                 self.bad.append(_Bad(device, f"its supervisor has been silent for {now - heard:.1f} s"))
         if not self.bad and now - max(self.moved.values()) > self.stall_s:
             device = min(self.progress, key=self.progress.__getitem__)
@@ -357,7 +385,7 @@ class _Run:
 
     def _supervisor_gone(self, device: str, closed: Closed) -> None:
         self.alive[device] = False
-        self.fleet.broken = True
+        self.fleet.gone.add(device)
         if not self.closing:
             self.bad.append(_Bad(device, f"its supervisor {closed}"))
 

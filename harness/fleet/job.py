@@ -47,7 +47,7 @@ CONNECT_S = 60.0
 ACCELERATORS = {"cpu": "cpu", "gpu": "cuda"}
 #: A thread that has something to do gets its turn after this long: a receive must not wait for Python code.
 SWITCH_S = 2e-4
-#: After a failure no iteration is watched: that would take time.
+#: In a generation that follows another one no iteration is watched: that would take time.
 NOTHING_WATCHED = {"moving": 0, "gradients": 0, "activations": 0}
 
 
@@ -62,9 +62,9 @@ class Job:
     `identity`: what the activation cache is of; it lies in `cache`, where it stays, or else in the folder.
     `state`: a folder for what the device has when an epoch is over. `done` is the progress before the plan's first
     phase, and `state_digest` that of the state which was written then.
-    `recovers`: where a peer is lost, the worker waits for the job of the next generation. Then `losses` are those of
-    the rounds that are done, and the values `restore` are as in the snapshot of that time.
-    `fault` is what is to happen to the device.
+    `recovers`: where a peer is lost, the worker waits for the job of the next generation. That one `follows` others:
+    `losses` are those of the rounds that are done, and the values `restore` are as in the snapshot of that time.
+    `faults` are what is to happen to the device, which takes `slowness` times as long as its pace says.
     """
 
     device: str
@@ -88,9 +88,11 @@ class Job:
     done: Mapping[str, int] = field(default_factory=dict)
     state_digest: str | None = None
     recovers: bool = False
+    follows: bool = False
     losses: Sequence[float] = ()
     restore: Sequence[str] = ()
-    fault: Mapping[str, Any] | None = None
+    faults: Sequence[Mapping[str, Any]] = ()
+    slowness: float = 1.0
 
 
 @dataclass
@@ -193,6 +195,7 @@ def _take_part(mailbox: Mailbox, job: Job, pulse: Pulse, member: _Member, before
             shard, losses = _restored(job, plan, member.shard, snapshot), list(job.losses)
         else:
             shard, losses = _shard(job, plan, workload, begin)
+            losses = [*job.losses] or losses
         dataset = member.dataset or samples.read(Path(job.folder) / SAMPLES)
         member.shard, member.dataset = shard, dataset
         check_samples(workload, dataset)
@@ -208,8 +211,8 @@ def _take_part(mailbox: Mailbox, job: Job, pulse: Pulse, member: _Member, before
             mailbox.send({"reached": about or True})
             mailbox.receive()
 
-        def commit(trained: int, losses: Sequence[float]) -> None:
-            barrier({"trained": trained, "losses": list(losses)})
+        def commit(trained: int, losses: Sequence[float], seconds: float) -> None:
+            barrier({"trained": trained, "losses": list(losses), "seconds": seconds})
 
         ends = epoch_ends(plan, workload, begin) if job.state is not None else {}
 
@@ -239,18 +242,20 @@ def _take_part(mailbox: Mailbox, job: Job, pulse: Pulse, member: _Member, before
             job.save,
             snapshot,
             commit,
-            None if job.fault is None else faults.trigger(job.fault, mailbox),
+            job.slowness,
         )
+        if job.faults:
+            worker.fault = faults.trigger(job.faults, mailbox, worker.slow_down)
         member.snapshots = worker.snapshots
         mailbox.check()
         worker.start()
         if before is None:
             enter(job.enter_computing)
+        moving = NOTHING_WATCHED
+        if not job.follows:
             moving = worker.rehearse()
             gc.collect()
             gc.freeze()  # what is there now stays: no need to look through it again and again
-        else:
-            moving = NOTHING_WATCHED
         mailbox.send({"ready": True})
         report = worker.run(mailbox.receive()["go"], moving)
         if job.save and workload.training:
@@ -278,6 +283,8 @@ def _snapshot(job: Job, member: _Member) -> Snapshot | None:
 
 def _restored(job: Job, plan: Plan, before: ModelShard, snapshot: Snapshot) -> ModelShard:
     """The shard with what the device has of the snapshot, its own or another's. What is frozen is in the file."""
+    phases = before.plan.phases
+    before.forget({v for phase in phases for v in (*phase.live.get(job.device, ()), *phase.leaves_of(job.device))})
     shard = restored(snapshot, job.restore, before, plan)
     shard.complete(Path(job.folder) / WEIGHTS, plan.phases[0].live.get(job.device, ()))
     return shard
@@ -336,7 +343,7 @@ def _shard(job: Job, plan: Plan, workload: Workload, begin: Progress) -> tuple[M
 def _save(shard: ModelShard, job: Job) -> None:
     """The trained weights of this device by name, and what its optimizers keep of each; its buffers by themselves."""
     root = shard.layered.root
-    buffers = {name: buffer for name, buffer in root.named_buffers() if not buffer.is_meta}
+    buffers = {name: buffer for name, buffer in root.named_buffers() if not shards.absent(buffer)}
     for kind, tensors in (("trained", state(root, shard.optimizers)), ("buffers", buffers)):
         kept = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
         save_file(kept, _saved_file(Path(job.folder), kind, job.device))

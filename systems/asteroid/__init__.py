@@ -7,19 +7,18 @@ Devices, MobiCom 2024. Its equations are known from independent re-implementatio
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from harness.cluster import Cluster
 from harness.costs import Costs
 from harness.errors import OrreryError, unknown_name
 from harness.plan import Plan
-from harness.recovery import Loss, Resumed, resumed, stages_of
+from harness.recovery import Change, Resumed, resumed, stages_of
 from harness.replication import replicated
 from harness.schedules import micro_batches
 from harness.search import plan_pipeline
 from harness.workload import Workload
 from systems.asteroid.layouts import ASTEROID, BALANCED, PAPER, PLANNED, layouts
-from systems.asteroid.recovery import lightweight, restorers, topology
+from systems.asteroid.recovery import lightweight, restorers, speeds, topology
 
 LIGHTWEIGHT, HEAVY = RECOVERIES = ("lightweight", "heavy")
 #: `planner`: the "paper"'s dynamic program over devices in the order of their memory; the "exact" one, which finds the
@@ -31,7 +30,8 @@ LIGHTWEIGHT, HEAVY = RECOVERIES = ("lightweight", "heavy")
 #: micro-batches, with P - p as in plain "1f1b", or with all as "gpipe" does.
 #: `replication_period`: rounds between two snapshots, which a run that goes on without a lost device needs; None: there
 #: are none. `recovery`: "lightweight" as in the paper, or "heavy": all is collected on one device, planned anew by the
-#: planner, and handed out.
+#: planner, and handed out. `straggler`: a device that takes so many times as long as planned, or as little, has its
+#: layers and rows planned again at the next snapshot; None: it is left as it is.
 OPTIONS: dict[str, object] = {
     "micro_batch_size": None,
     "planner": PAPER,
@@ -43,6 +43,7 @@ OPTIONS: dict[str, object] = {
     "warmup": ASTEROID,
     "replication_period": None,
     "recovery": LIGHTWEIGHT,
+    "straggler": None,
 }
 
 
@@ -54,28 +55,37 @@ def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[st
     return found if period is None else replicated(found, topology(stages_of(found)), period)
 
 
-def replan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[str, object], loss: Loss) -> Resumed:
-    """The plan for what is left, on the devices that are left. Raises Broken where a part of the model is lost, and
-    OutOfMemory where it does not fit any more."""
-    used = cluster.names if loss.plan is None else loss.plan.devices
-    names = tuple(device for device in cluster.names if device in used and device not in loss.devices)
-    rest = replace(cluster, devices=tuple(map(cluster.device, names)))
-    stages = options["stages"]
-    anew = {**options, "stages": min(stages, len(names)) if isinstance(stages, int) else None}
-    if loss.plan is None:
-        return Resumed(plan(workload, costs, rest, anew), {})
-    before = stages_of(loss.plan)
-    backups = restorers(before, loss)
-    size = max(phase.micro_batches[0] for phase in loss.plan.phases if phase.shards)
-    found = None if options["recovery"] == HEAVY else lightweight(workload, costs, cluster, rest, before, loss, size)
-    after, warmup = layouts(workload, costs, rest, anew)(size) if found is None else found
+def replan(
+    workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[str, object], change: Change
+) -> Resumed | None:
+    """The plan for what is left, on the devices that take part now; None where it is no better to change anything.
+    Raises Broken where a part of the model is lost, and OutOfMemory where it does not fit any more."""
+    if change.plan is None:
+        return Resumed(plan(workload, costs, cluster, _stages_for(options, cluster)), {})
+    rest = cluster.only((*change.plan.devices, *change.joined))
+    options = _stages_for(options, rest)
+    before = stages_of(change.plan)
+    forced = bool(change.lost or change.joined)
+    if not forced and not _straggles(workload, costs, rest, options["straggler"], change):
+        return None
+    backups = restorers(before, change)
+    size = max(phase.micro_batches[0] for phase in change.plan.phases if phase.shards)
+    found = None
+    if options["recovery"] == LIGHTWEIGHT and not change.joined:
+        found = lightweight(workload, costs, rest, before, change, size)
+    after, warmup = layouts(workload, costs, rest, options)(size) if found is None else found
+    if not forced and all(
+        (one.units, one.devices, one.rows(size)) == (other.units, other.devices, other.rows(size))
+        for one, other in zip(after, before, strict=True)
+    ):
+        return None
     period = _period(options)
     assert period is not None, "a plan with snapshots has a period"
     return resumed(
         "asteroid",
         workload,
         costs,
-        loss,
+        change,
         after,
         size,
         warmup(len(micro_batches(workload.batch_size, size))),
@@ -86,10 +96,27 @@ def replan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[
     )
 
 
+def _stages_for(options: Mapping[str, object], cluster: Cluster) -> Mapping[str, object]:
+    """The options, where there may be fewer devices than stages were asked for."""
+    stages = options["stages"]
+    return {**options, "stages": min(stages, len(cluster.devices))} if isinstance(stages, int) else options
+
+
+def _straggles(workload: Workload, costs: Costs, cluster: Cluster, most: object, change: Change) -> bool:
+    """Whether a device is so much slower or faster than when the plan was made."""
+    if not isinstance(most, int | float):
+        return False
+    before, now = speeds(workload, costs, change.before), speeds(workload, costs, cluster)
+    return any(max(before[device] / now[device], now[device] / before[device]) >= most for device in now)
+
+
 def _period(options: Mapping[str, object]) -> int | None:
     period = options["replication_period"]
     if period is not None and (type(period) is not int or period < 1):
         raise OrreryError(f"asteroid.replication_period is {period!r}; it must be a whole number of rounds, from 1 on.")
     if options["recovery"] not in RECOVERIES:
         raise unknown_name("value of asteroid.recovery", str(options["recovery"]), RECOVERIES)
+    straggler = options["straggler"]
+    if straggler is not None and not (isinstance(straggler, int | float) and straggler > 1):
+        raise OrreryError(f"asteroid.straggler is {straggler!r}; it must be a number above 1.")
     return period

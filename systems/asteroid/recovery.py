@@ -1,4 +1,4 @@
-"""What Asteroid does about a lost device: topology-driven replication and lightweight re-planning.
+"""What Asteroid does about a device that is lost or slow: topology-driven replication and lightweight re-planning.
 
 As re-implementations that agree have it (attributed to section 3.4): a stage of several devices holds replicas of
 itself; a stage of one device keeps a copy on the next stage, the last one on the first. After a failure layers move
@@ -18,7 +18,7 @@ from harness.costs import Costs
 from harness.errors import Broken
 from harness.layer_tables import LayerTables
 from harness.plan.values import Range
-from harness.recovery import Loss
+from harness.recovery import Change
 from harness.schedules import Stage, micro_batches
 from harness.search import Layout
 from harness.workload import Workload
@@ -41,36 +41,36 @@ def topology(stages: Sequence[Stage]) -> dict[str, str]:
     }
 
 
-def restorers(stages: Sequence[Stage], loss: Loss) -> dict[Range, str]:
+def restorers(stages: Sequence[Stage], change: Change) -> dict[Range, str]:
     """Units of stages of which nobody is left -> the device that has the copy. Raises Broken where there is none."""
     backups = topology(stages)
     found: dict[Range, str] = {}
     for stage in stages:
-        if set(stage.devices) - set(loss.devices):
+        if set(stage.devices) - set(change.lost):
             continue
         backup = backups.get(stage.devices[0]) if len(stage.devices) == 1 else None
-        if backup is None or backup in loss.devices:
+        if backup is None or backup in change.lost:
             copies = "the only copy of" if backup else "every copy of"
             raise Broken(
-                f"{' and '.join(loss.devices)} had {copies} what units {stage.units[0]} to {stage.units[1]} have "
-                f"learned since the beginning; the last snapshot was of round {loss.trained}."
+                f"{' and '.join(change.lost)} had {copies} what units {stage.units[0]} to {stage.units[1]} have "
+                f"learned since the beginning; the last snapshot was of round {change.trained}."
             )
         found[stage.units] = backup
     return found
 
 
 def lightweight(
-    workload: Workload, costs: Costs, cluster: Cluster, rest: Cluster, before: Sequence[Stage], loss: Loss, size: int
+    workload: Workload, costs: Costs, rest: Cluster, before: Sequence[Stage], change: Change, size: int
 ) -> Layout | None:
-    """The stages that are left of `before` on the devices `rest` of the cluster, with layers shifted between them, and
-    how many micro-batches each begins with; None where they don't fit."""
-    tables = LayerTables(costs, cluster, workload.optimizer)
-    speed = dict(zip(cluster.names, tables.speeds, strict=True))
-    both = (tables.layer_seconds(device, size) for device in range(len(cluster.devices)))
+    """The stages that are left of `before` on the devices `rest`, as fast as they are now, with layers shifted between
+    them, and how many micro-batches each begins with; None where they don't fit."""
+    tables = LayerTables(costs, change.before, workload.optimizer)
+    both = (tables.layer_seconds(device, size) for device in range(len(change.before.devices)))
     work = np.mean([forward + backward for forward, backward in both], axis=0)
     layer_of = {first: layer for layer, (first, _) in enumerate(costs.layers)} | {len(costs.units): len(costs.layers)}
     of_stage = [float(work[layer_of[stage.units[1]]] - work[layer_of[stage.units[0]]]) for stage in before]
-    left = groups_left(before, loss.devices, speed, of_stage)
+    had, now = (speeds(workload, costs, cluster) for cluster in (change.before, rest))
+    left = groups_left(before, change.lost, had, now, of_stage)
     ranges = shifted(work, [wanted for _, wanted in left])
     maker = Groups(LayerTables(costs, rest, workload.optimizer), size, len(micro_batches(workload.batch_size, size)))
     placed = [
@@ -83,8 +83,17 @@ def lightweight(
     return laid_out(maker.tables, fitting)
 
 
+def speeds(workload: Workload, costs: Costs, cluster: Cluster) -> dict[str, float]:
+    """Of each device, of the whole model: one over seconds."""
+    return dict(zip(cluster.names, LayerTables(costs, cluster, workload.optimizer).speeds, strict=True))
+
+
 def groups_left(
-    stages: Sequence[Stage], lost: Sequence[str], speed: Mapping[str, float], work: Sequence[float]
+    stages: Sequence[Stage],
+    lost: Sequence[str],
+    before: Mapping[str, float],
+    now: Mapping[str, float],
+    work: Sequence[float],
 ) -> Left:
     """The groups that go on, each with the work that is meant for it, in proportion.
 
@@ -92,10 +101,10 @@ def groups_left(
     its own group somebody; else the stage is merged with the one behind it, the last one with the one in front. Work is
     that of the stage before, times the part of its speed that is left: so that what the planner has balanced stays so.
 
-    speed: of every device; work: of every stage.
+    before, now: speed of every device, of those that are left; work: of every stage.
     """
     groups = [[device for device in stage.devices if device not in lost] for stage in stages]
-    before = [sum(speed[device] for device in stage.devices) for stage in stages]
+    had = [sum(before[device] for device in stage.devices) for stage in stages]
     wanted = list(work)
     for number in [number for number, group in enumerate(groups) if not group]:
         following = (number + 1) % len(stages)
@@ -109,9 +118,9 @@ def groups_left(
             behind = [other for other in alive if other > number]
             target = behind[0] if behind else alive[-1]
             wanted[target] += wanted[number]
-            before[target] += before[number]
+            had[target] += had[number]
     return [
-        (tuple(groups[number]), wanted[number] * sum(speed[device] for device in groups[number]) / before[number])
+        (tuple(groups[number]), wanted[number] * sum(now[device] for device in groups[number]) / had[number])
         for number in alive
     ]
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.errors import OrreryError
-from harness.faults import SILENCE_S
+from harness.faults import HEARTBEAT_TIMEOUT_S
 from harness.fleet.channel import Channel, Closed, Message, ready
 from harness.fleet.coordinator import Fleet
 from testbeds.emulation import cgroups
@@ -33,7 +33,14 @@ class Machine:
     removes if this process is killed.
     """
 
-    def __init__(self, devices: Sequence[str], isolated: bool, limited: bool, remove: Sequence[Path]) -> None:
+    def __init__(
+        self,
+        devices: Sequence[str],
+        isolated: bool,
+        limited: bool,
+        remove: Sequence[Path],
+        heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S,
+    ) -> None:
         pairs = [socket.socketpair() for _ in range(len(devices) + 1)]
         theirs = [pair[1] for pair in pairs]
         safe = ["-P"] if sys.version_info >= (3, 11) else []  # a numbers.py in the user's folder is none of ours
@@ -51,8 +58,9 @@ class Machine:
             end.close()
         control, *channels = (pair[0].detach() for pair in pairs)
         self._control = Channel.of_socket(control)
-        supervisors = (Channel.of_socket(channel, SILENCE_S) for channel in channels)
-        self.fleet = Fleet(dict(zip(devices, supervisors, strict=True)))
+        self._heartbeat_timeout_s = heartbeat_timeout_s
+        supervisors = (Channel.of_socket(channel, heartbeat_timeout_s) for channel in channels)
+        self.fleet = Fleet(dict(zip(devices, supervisors, strict=True)), heartbeat_timeout_s)
         self._ranks = {device: rank for rank, device in enumerate(devices)}
         self.pids: list[int] = []
         self.entrances: dict[str, Entrances] = {}
@@ -75,9 +83,21 @@ class Machine:
 
     @property
     def broken(self) -> bool:
-        """Whether some of it is gone, so that another one is needed. Asked between runs."""
-        ended = ready(self.fleet.supervisors.values(), 0.0)  # they have nothing to say now
+        """Whether another one is needed: more of it is gone than what `restart` can mend. Asked between runs."""
+        idle = [channel for device, channel in self.fleet.supervisors.items() if device not in self.fleet.gone]
+        ended = ready(idle, 0.0)  # they have nothing to say now
         return self.fleet.broken or bool(ended) or self._nursery.poll() is not None
+
+    def restart(self, device: str) -> None:
+        """Another supervisor in the place of one that is gone, or may be; its link has no limits yet."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            self._control.send({"do": "restart", "device": device, "rank": self._ranks[device]})
+            self._control.send_descriptor(theirs.fileno(), self._nursery.pid)
+            self.pids[self._ranks[device]] = self._answer()["pid"]
+            self.fleet.supervisors[device].close()
+            self.fleet.supervisors[device] = Channel.of_socket(ours.detach(), self._heartbeat_timeout_s)
+        self.fleet.gone.discard(device)
 
     def order(self, do: str, device: str, **arguments: object) -> Message:
         """Have the nursery do one of its orders for a device."""

@@ -81,6 +81,13 @@ def plug(rank: int, pid: int) -> None:
     in_namespace(pid, ["ip", "link", "set", DEVICE_PORT, "up"])
 
 
+def unplug(rank: int) -> None:
+    """Remove the link of a device, if there is one."""
+    port = switch_port(rank)
+    if port in run(["ip", "-brief", "link", "show", "type", "veth"]).replace("@", " ").split():
+        run(["ip", "link", "delete", port])
+
+
 def address(rank: int) -> str:
     """The IPv4 address of a device: 10.77.0.1 for rank 0."""
     if not 0 <= rank < MOST_DEVICES:

@@ -69,7 +69,7 @@ def _serve(control: Channel, device_descriptors: Sequence[int], setup: Message, 
     for name in (*PRELOADED, *map(models.module_of, models.names())):
         importlib.import_module(name)
         if ready([control], 0.0):
-            _obey(control.receive(), (), groups)  # too early for any but the end
+            _obey(control.receive(), control, [], groups, isolated)  # too early for any but the end
     gc.collect()
     gc.freeze()  # so that no process forked from here looks through all of it again, which would copy it
     pids: list[int] = []
@@ -84,7 +84,7 @@ def _serve(control: Channel, device_descriptors: Sequence[int], setup: Message, 
     entrances = {device: groups.entrances(device) if groups else Entrances() for device in devices}
     control.send({"pids": pids, "entrances": entrances, "has_netem": isolated and shaping.has_netem()})
     while True:
-        control.send(_obey(control.receive(), pids, groups))
+        control.send(_obey(control.receive(), control, pids, groups, isolated))
 
 
 def _fork(control: Channel, descriptor: int, others: Sequence[int], isolated: bool) -> int:
@@ -126,8 +126,9 @@ def _enter_device(tell: int) -> None:
         raise
 
 
-def _obey(order: Message, pids: Sequence[int], groups: cgroups.Groups | None) -> Message:
-    """Limit a device, or shape its link, now or as an event. What the kernel refuses is for the runner to say."""
+def _obey(order: Message, control: Channel, pids: list[int], groups: cgroups.Groups | None, isolated: bool) -> Message:
+    """Limit a device, shape its link, now or as an event, or start it anew. What the kernel refuses is for the runner
+    to say."""
     if order["do"] == "end":
         raise _Ended
     device, rank = order["device"], order["rank"]
@@ -148,9 +149,31 @@ def _obey(order: Message, pids: Sequence[int], groups: cgroups.Groups | None) ->
             case "oom-kills":
                 assert groups is not None
                 return {"oom_kills": groups.memory(device).oom_kills}
+            case "restart":
+                pids[rank] = _restarted(control, rank, pids[rank], isolated)
+                return {"pid": pids[rank]}
         return {"done": order["do"]}
     except OrreryError as error:
         return {"refused": str(error)}
+
+
+def _restarted(control: Channel, rank: int, old: int, isolated: bool) -> int:
+    """A new supervisor for the device of that rank, on the descriptor that the runner sends, with a new link."""
+    descriptor = control.take_descriptor()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(old, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(old, 0)
+        while os.waitpid(-1, os.WNOHANG)[0]:  # workers that have gone with theirs
+            pass
+    try:
+        pid = _fork(control, descriptor, (), isolated)
+    finally:
+        os.close(descriptor)
+    if isolated:
+        namespaces.unplug(rank)
+        namespaces.plug(rank, pid)
+    return pid
 
 
 def _end(pids: Sequence[int]) -> None:

@@ -1,23 +1,28 @@
-"""How a run on emulated devices goes on when one of them is lost, and how long each part of that took."""
+"""How a run on emulated devices goes on when one of them is lost, becomes slow, leaves or joins, and how long each part
+of that took."""
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from harness.cluster import Cluster
 from harness.engine import DeviceReport
 from harness.errors import Broken
-from harness.faults import CUT, Fault
+from harness.faults import CUT, JOIN, LEAVE, SLOW, Fault, due, noticed, unasked
 from harness.fleet.coordinator import Agreed, Lost
 from harness.fleet.job import Job
 from harness.plan import Phase, Plan
-from harness.recovery import Loss, Losses, Resumed
+from harness.recovery import Change, Membership, Resumed
 
 #: What is known of a recovery that no other failure interrupts.
 LATER = ("transfer_s", "replay_s", "first_step_s", "throughput_after_samples_per_s")
-Replan = Callable[[Loss], Resumed]
+Replan = Callable[[Cluster, Change], Resumed | None]
+#: Of each phase of a plan the seconds that each device of a cluster computes in an iteration.
+Expected = Callable[[Plan, Cluster], Sequence[Mapping[str, float]]]
 
 
 @dataclass
@@ -27,9 +32,9 @@ class _Generation:
     plan: Plan
     began: int
     go: float = 0.0
-    #: Of the failure that ended it.
-    fault: Fault | None = None
-    device: str = ""
+    #: Of what ended it: what it was, in which round, when it happened, and when it was known.
+    happened: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
     rounds: int = 0
     struck: float = 0.0
     detected: float = 0.0
@@ -38,56 +43,125 @@ class _Generation:
 
 @dataclass
 class Rescue:
-    """Leads a run from one plan to the next. `jobs(plan, rounds, losses, restore)` makes the jobs of a generation,
-    `cut(device)` takes its link down, `fence(device)` sees to it that a lost device is gone. `began`: rounds that were
-    over before the plan.
+    """Leads a run from one plan to the next, with the devices that are its `members`.
+
+    `jobs(plan, agreed, restore, faults, slowness)` makes the jobs of a generation: `faults` are those that have not
+    happened yet. `cut(device)` takes its link down, `slow(device, factor)` gives it so much less of a core,
+    `fence(device)` sees to it that a lost device is gone, `prepare(device)` that one can join. `expected`: None where
+    devices have no speed of their own. `began`: rounds that were over before the plan.
     """
 
     plan: Plan
     replan: Replan
     faults: Sequence[Fault]
-    jobs: Callable[[Plan, Agreed | None, Mapping[str, Sequence[str]]], Sequence[Job]]
+    members: Membership
+    jobs: Callable[
+        [Plan, Agreed | None, Mapping[str, Sequence[str]], Sequence[Fault], Mapping[str, float]], Sequence[Job]
+    ]
     cut: Callable[[str], object]
+    slow: Callable[[str, float], object]
     fence: Callable[[str], None]
+    prepare: Callable[[str], None]
+    expected: Expected | None
     began: int = 0
     generations: list[_Generation] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.generations.append(_Generation(self.plan, self.began))
-        self._losses = Losses()
-        self._struck: set[str] = set()
+        self._left = list(self.faults)
         self._agreed: Agreed | None = None
+        #: Of this generation's devices that have been lost, or made slow, when and by what.
+        self._struck: dict[str, tuple[Fault, float]] = {}
+        self._slow: dict[str, tuple[Fault, float]] = {}
+        self._seconds: Sequence[Mapping[str, float]] | None = None
+        if self.expected is not None:
+            self._seconds = self.expected(self.plan, self.members.cluster)
 
     # What the coordinator asks for
 
-    def struck(self, device: str, at: float) -> bool:
-        now = self.generations[-1]
-        now.fault = next(f for f in self.faults if f.device == device)
-        self._struck.add(device)
-        now.struck, now.rounds = at, now.fault.step
-        if now.fault.kind != CUT:
+    def struck(self, fault: Fault, at: float) -> bool:
+        self._left.remove(fault)
+        if fault.kind == SLOW:
+            self._slow[fault.device] = fault, at
+            self.slow(fault.device, fault.factor)
             return False
-        self.cut(device)
-        now.struck = time.monotonic()
+        self._struck[fault.device] = fault, at
+        if fault.kind != CUT:
+            return False
+        self.cut(fault.device)
+        self._struck[fault.device] = fault, time.monotonic()
         return True
+
+    def turn(self, agreed: Agreed, seconds: Mapping[str, float]) -> Sequence[Job] | None:
+        now = self.generations[-1]
+        wanted = due(self._left, agreed.trained)
+        found = self._noticed(agreed.trained, seconds)
+        if not wanted and not found:
+            return None
+        detected = time.monotonic()
+        members = copy.copy(self.members)
+        change = members.turned(now.plan, now.began, agreed.trained, wanted, found)
+        resumed = self.replan(members.cluster, change)
+        if resumed is None:
+            return None
+        self.members = members
+        self._left = [fault for fault in self._left if fault not in wanted]
+        slow = [
+            self._slow.get(device, (unasked(device, agreed.trained, factor), detected))
+            for device, factor in found.items()
+        ]
+        happened = (*wanted, *(fault for fault, _ in slow))
+        now.happened, now.devices = tuple(map(str, happened)), tuple(fault.device for fault in happened)
+        now.rounds = min(fault.step for fault in happened) if found else agreed.trained
+        now.struck, now.detected = min((at for _, at in slow), default=detected), detected
+        for fault in wanted:
+            self._slow.pop(fault.device, None)
+            if fault.kind == JOIN:
+                self.prepare(fault.device)
+        return self._following(resumed, agreed, change)
 
     def recover(self, lost: Lost, agreed: Agreed | None) -> Sequence[Job]:
         now = self.generations[-1]
-        now.detected, now.device = time.monotonic(), lost.device
-        if now.fault is None or now.fault.device != lost.device:  # nobody made it happen
-            now.fault, now.struck, now.rounds = None, now.detected, agreed.trained if agreed else now.began
+        now.detected, now.devices = time.monotonic(), (lost.device,)
+        fault, now.struck = self._struck.get(lost.device, (None, now.detected))
+        if fault is None:  # nobody made it happen
+            now.rounds, now.happened = agreed.trained if agreed else now.began, (f"{lost.device} was lost",)
+        else:
+            now.rounds, now.happened = fault.step, (str(fault),)
         newest = agreed.trained if agreed is not None and agreed is not self._agreed else None
-        self._agreed = agreed
+        self._struck.pop(lost.device, None)
+        self._slow.pop(lost.device, None)
         self.fence(lost.device)
-        loss = self._losses.another(lost.device, now.plan, now.began, newest)
+        change = self.members.lost(lost.device, now.plan, now.began, newest)
         try:
-            found = self.replan(loss)
+            resumed = self.replan(self.members.cluster, change)
         except Broken as broken:
             raise Broken(f"{lost}. {broken}") from lost
-        self.generations.append(_Generation(found.plan, loss.trained))
-        made = self.jobs(found.plan, agreed, found.restore)
-        now.replanned = time.monotonic()
+        assert resumed is not None, "without a lost device a run can't go on as before"
+        return self._following(resumed, agreed, change)
+
+    def _following(self, resumed: Resumed, agreed: Agreed | None, change: Change) -> Sequence[Job]:
+        """The jobs of the next generation."""
+        self._agreed, self._seconds = agreed, None
+        slowness = {device: fault.factor for device, (fault, _) in self._slow.items()}
+        made = self.jobs(resumed.plan, agreed, resumed.restore, self._left, slowness)
+        self.generations[-1].replanned = time.monotonic()
+        self.generations.append(_Generation(resumed.plan, change.trained))
         return made
+
+    def _noticed(self, trained: int, seconds: Mapping[str, float]) -> dict[str, float]:
+        """The devices that took another time for the last round than known, with how many times as long."""
+        if self.expected is None:
+            return {}
+        now = self.generations[-1]
+        if self._seconds is None:
+            self._seconds = self.expected(now.plan, self.members.cluster)
+        rounds = now.began
+        for phase, expected in zip(now.plan.phases, self._seconds, strict=True):
+            if phase.shards and rounds < trained <= rounds + phase.repeat:
+                return noticed(seconds, expected)
+            rounds += phase.repeat if phase.shards else 0
+        return {}  # the generation has done none
 
     def regrouped(self) -> None:
         self.generations[-1].go = time.monotonic()
@@ -96,12 +170,9 @@ class Rescue:
 
     def check(self) -> None:
         """Raises Broken where a fault that was asked for has not happened."""
-        for fault in self.faults:
-            if fault.device not in self._struck:
-                raise Broken(
-                    f"The fault {str(fault)!r} never struck: the device has no such action then. Give another step, "
-                    "moment or number."
-                )
+        for fault in self._left:
+            why = "no snapshot follows" if fault.kind in (LEAVE, JOIN) else "the device has no such action then"
+            raise Broken(f"The fault {str(fault)!r} never struck: {why}. Give another step, moment or number.")
 
     @property
     def last(self) -> _Generation:
@@ -147,8 +218,8 @@ def _recovery(
 ) -> dict[str, Any]:
     """From the failure that ended one generation to the first new round of the next one."""
     found: dict[str, Any] = {
-        "fault": str(before.fault) if before.fault else f"{before.device} was lost",
-        "device": before.device,
+        "fault": "; ".join(before.happened),
+        "device": ", ".join(before.devices),
         "in_round": before.rounds,
         "back_to_round": after.began,
         "detect_s": before.detected - before.struck,
@@ -158,7 +229,7 @@ def _recovery(
     size = next(phase.batch_size for phase in before.plan.phases if phase.shards)
     passed = (before.struck - before.go) / dilation
     rounds = before.rounds - before.began
-    found["throughput_before_samples_per_s"] = rounds * size / passed if rounds > 0 else None
+    found["throughput_before_samples_per_s"] = rounds * size / passed if rounds > 0 and passed > 0 else None
     if not reports:  # it was interrupted by the next failure
         return {**found, **dict.fromkeys((*LATER, "moved_bytes"))}
     ends: list[float] = []
@@ -177,7 +248,7 @@ def _recovery(
             transferred = over[-1] - origin
             moved += sum(report.phases[place].sent_bytes for report in reports)
         begin = over[-1]
-    again = before.rounds - after.began
+    again = max(before.rounds - after.began, 0)
     found |= {"transfer_s": transferred / dilation, "moved_bytes": moved}
     found["replay_s"] = (ends[again - 1] - origin - transferred) / dilation if again else 0.0
     first_start = max(starts[again], ends[again - 1] if again else origin + transferred)

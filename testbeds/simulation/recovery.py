@@ -1,7 +1,9 @@
-"""Devices that are lost in virtual time: when it happens, when it is known, and what the run goes on with."""
+"""Devices that are lost, become slow, leave or join in virtual time: when it happens, when it is known, and what the
+run goes on with."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,9 +11,9 @@ from typing import Any
 from harness.cluster import Cluster
 from harness.costs import Costs
 from harness.errors import OrreryError
-from harness.faults import CRASH, SILENCE_S, Fault, moment_of_event
+from harness.faults import CRASH, JOIN, LEAVE, SLOW, Fault, due, joining, moment_of_event, noticed, unasked
 from harness.plan import Phase, Plan
-from harness.recovery import Loss, Losses, Resumed
+from harness.recovery import Change, Membership, Resumed
 from harness.replication import REPLICATE
 from harness.simulator import simulate
 from harness.trace import Trace
@@ -20,88 +22,179 @@ from harness.trace import Trace
 #: address that a device listens at, those of all; the connection and its mutual introduction; that it is ready; the
 #: start. Counted in this project's protocol.
 MESSAGES = 9
+Replan = Callable[[Cluster, Change], Resumed | None]
 
 
 @dataclass(frozen=True)
-class _Struck:
-    """When a fault strikes, in seconds since its plan began, and the rounds of the plan's last snapshot then."""
+class _Turn:
+    """What ends a plan before its end, in that round: seconds since the plan began when it happens, and when it is
+    known; and the plan that the run goes on with from the round `trained` on."""
 
-    at_s: float
-    agreed: int | None
+    happened: tuple[Fault, ...]
+    in_round: int
+    struck_s: float
+    known_s: float
+    resumed: Resumed
+    trained: int
 
 
 def run(
-    plan: Plan, costs: Costs, cluster: Cluster, faults: Sequence[Fault], replan: Callable[[Loss], Resumed]
+    plan: Plan, costs: Costs, cluster: Cluster, faults: Sequence[Fault], replan: Replan, heartbeat_timeout_s: float
 ) -> tuple[Trace, list[dict[str, Any]], float]:
-    """The trace from the last failure on, what is to be said of each recovery, and the seconds of the whole run.
+    """The trace of what came after the last change, what is to be said of each recovery, and the seconds of the run.
 
     A crash closes a device's connections, and is known after one message; a device that hangs or is cut off is known to
-    be lost when it has been silent for long enough. Planning takes no virtual time.
+    be lost when it has been silent for the timeout. One that leaves or joins does so at the next snapshot, and there it
+    is known, too, how long each took for the round before. Planning takes no virtual time.
     Raises Broken where the run can't go on, OrreryError for a fault that never strikes.
     """
-    losses, began, gone_s = Losses(), 0, 0.0
+    course = _Course(costs, cluster, faults, replan, heartbeat_timeout_s)
     found: list[dict[str, Any]] = []
-    left = cluster
-    for fault in sorted(faults, key=lambda fault: fault.step):
-        struck = _struck(plan, costs, left, fault, began)
-        detect_s = cluster.latency_s if fault.kind == CRASH else SILENCE_S
-        loss = losses.another(fault.device, plan, began, struck.agreed)
-        resumed = replan(loss)
-        left = replace(left, devices=tuple(device for device in left.devices if device.name != fault.device))
-        again = fault.step - loss.trained
-        trace = simulate(replace(resumed.plan, phases=tuple(_split(resumed.plan.phases, again))), costs, left)
-        rounds = fault.step - began
+    began, regroup_s = 0, MESSAGES * cluster.latency_s
+    while (turn := course.follow(plan, began)) is not None:
+        again = max(turn.in_round - turn.trained, 0)
+        after = turn.resumed.plan
+        trace = simulate(replace(after, phases=tuple(_split(after.phases, again))), costs, course.actual)
         size = next(phase.batch_size for phase in plan.phases if phase.shards)
+        rounds = turn.in_round - began
         found.append(
             {
-                "fault": str(fault),
-                "device": fault.device,
-                "in_round": fault.step,
-                "back_to_round": loss.trained,
-                "detect_s": detect_s,
+                "fault": "; ".join(map(str, turn.happened)),
+                "device": ", ".join(fault.device for fault in turn.happened),
+                "in_round": turn.in_round,
+                "back_to_round": turn.trained,
+                "detect_s": turn.known_s - turn.struck_s,
                 "replan_s": None,
-                "regroup_s": MESSAGES * cluster.latency_s,
-                "throughput_before_samples_per_s": rounds * size / struck.at_s if rounds else None,
-                **_phases(resumed.plan, trace, again, size),
+                "regroup_s": regroup_s,
+                "throughput_before_samples_per_s": rounds * size / turn.struck_s if rounds > 0 else None,
+                **_phases(after, trace, again, size),
             }
         )
-        gone_s += struck.at_s + detect_s + MESSAGES * cluster.latency_s
-        plan, began = resumed.plan, loss.trained
-    return trace, found, gone_s + trace.total_s
+        course.clock_s += turn.known_s + regroup_s
+        plan, began = after, turn.trained
+    return course.trace, found, course.clock_s
 
 
-def _struck(plan: Plan, costs: Costs, cluster: Cluster, fault: Fault, began: int) -> _Struck:
-    """Simulate up to the round, or the snapshot, in which it happens."""
-    before: list[Phase] = []
-    rounds, agreed = began, None
-    for phase in plan.phases:
-        if phase.shards and fault.during != "replication" and rounds <= fault.step < rounds + phase.repeat:
-            if fault.step > rounds:
-                before.append(replace(phase, repeat=fault.step - rounds))
-            last = replace(phase, repeat=1)
-            break
-        if fault.during == "replication" and phase.name == REPLICATE and rounds == fault.step:
-            last = replace(phase)
-            break
-        if phase.commits:
-            agreed = rounds
-        rounds += phase.repeat if phase.shards else 0
-        before.append(phase)
-    else:
-        raise OrreryError(f"The fault {str(fault)!r} never strikes: the run is over before. Give another step.")
-    trace = simulate(replace(plan, phases=(*before, last)), costs, cluster)
-    moments = sorted(
-        event.start_s
-        for event in trace.events
-        if event.phase == len(before)
-        and event.device == fault.device
-        and (fault.during in (None, "replication") or moment_of_event(event) == fault.during)
-    )
-    if fault.number >= len(moments):
-        raise OrreryError(
-            f"The fault {str(fault)!r} never strikes: {fault.device} has {len(moments)} such actions in that round."
+class _Course:
+    """Follows plans in virtual time, each up to what ends it."""
+
+    def __init__(
+        self, costs: Costs, cluster: Cluster, faults: Sequence[Fault], replan: Replan, heartbeat_timeout_s: float
+    ) -> None:
+        self.costs, self.testbed, self.replan = costs, cluster, replan
+        self.heartbeat_timeout_s = heartbeat_timeout_s
+        self.left = sorted(faults, key=lambda fault: fault.step)
+        self.members = Membership(cluster, joining(faults))
+        #: Devices that have become slow, with the time; and of each how many times as long it takes as before.
+        self.slow: dict[str, tuple[Fault, float]] = {}
+        #: When the plan began that is followed; in the end when all is over.
+        self.clock_s = 0.0
+        self.trace: Trace
+
+    @property
+    def actual(self) -> Cluster:
+        """The devices of the testbed, as fast as they are."""
+        factors = {device: fault.factor for device, (fault, _) in self.slow.items()}
+        return replace(self.testbed, devices=tuple(d.slowed(factors.get(d.name, 1.0)) for d in self.testbed.devices))
+
+    def follow(self, plan: Plan, began: int) -> _Turn | None:
+        """What ends the plan, in front of which so many rounds were over; None: nothing does."""
+        segment: list[Phase] = []  # since a device became slow
+        rounds, agreed, passed_s = began, None, 0.0
+        for phase in plan.phases:
+            if phase.commits:
+                agreed = rounds
+                turn = self._turned(plan, began, rounds, segment, passed_s)
+                if turn is not None:
+                    return turn
+            for fault in [fault for fault in self.left if _inside(fault, phase, rounds)]:
+                before = fault.step - rounds if phase.shards else 0
+                segment += [replace(phase, repeat=before)] if before else []
+                if fault.kind != SLOW:
+                    return self._lost(fault, plan, began, agreed, segment, phase, passed_s)
+                passed_s += simulate(replace(plan, phases=tuple(segment)), self.costs, self.actual).total_s
+                self.left.remove(fault)
+                self.slow[fault.device] = fault, self.clock_s + passed_s
+                segment, rounds, phase = [], fault.step, replace(phase, repeat=phase.repeat - before)
+            segment.append(phase)
+            rounds += phase.repeat if phase.shards else 0
+        if self.left:
+            raise OrreryError(
+                f"The fault {str(self.left[0])!r} never strikes: the run is over before. Give another step."
+            )
+        self.trace = simulate(replace(plan, phases=tuple(segment)), self.costs, self.actual)
+        self.clock_s += passed_s + self.trace.total_s
+        return None
+
+    def _lost(
+        self,
+        fault: Fault,
+        plan: Plan,
+        began: int,
+        agreed: int | None,
+        segment: Sequence[Phase],
+        phase: Phase,
+        passed_s: float,
+    ) -> _Turn:
+        """A device is lost in the next iteration of the phase, with an action that the fault is about."""
+        last = replace(phase, repeat=1)
+        trace = simulate(replace(plan, phases=(*segment, last)), self.costs, self.actual)
+        moments = sorted(
+            event.start_s
+            for event in trace.events
+            if event.phase == len(segment)
+            and event.device == fault.device
+            and (fault.during in (None, "replication") or moment_of_event(event) == fault.during)
         )
-    return _Struck(moments[fault.number], agreed)
+        if fault.number >= len(moments):
+            raise OrreryError(
+                f"The fault {str(fault)!r} never strikes: {fault.device} has {len(moments)} such actions in that round."
+            )
+        self.left.remove(fault)
+        self.slow.pop(fault.device, None)
+        struck_s = passed_s + moments[fault.number]
+        change = self.members.lost(fault.device, plan, began, agreed)
+        resumed = self.replan(self.members.cluster, change)
+        assert resumed is not None, "without a lost device a run can't go on as before"
+        detect_s = self.testbed.latency_s if fault.kind == CRASH else self.heartbeat_timeout_s
+        return _Turn((fault,), fault.step, struck_s, struck_s + detect_s, resumed, change.trained)
+
+    def _turned(self, plan: Plan, began: int, rounds: int, segment: Sequence[Phase], passed_s: float) -> _Turn | None:
+        """What is done with a snapshot: devices leave and join, and slow ones get less to do."""
+        wanted = due(self.left, rounds)
+        actual = {device: fault.factor for device, (fault, _) in self.slow.items()}
+        found = noticed({d: actual.get(d, 1.0) for d in plan.devices}, self.members.slowness)
+        if not wanted and not found:
+            return None
+        members = copy.copy(self.members)
+        change = members.turned(plan, began, rounds, wanted, found)
+        resumed = self.replan(members.cluster, change)
+        if resumed is None:
+            return None
+        self.members = members
+        self.left = [fault for fault in self.left if fault not in wanted]
+        now_s = passed_s
+        if segment:
+            now_s += simulate(replace(plan, phases=tuple(segment)), self.costs, self.actual).total_s
+        struck_s = now_s
+        happened = list(wanted)
+        for device, factor in found.items():
+            fault, since_s = self.slow.get(device, (unasked(device, rounds, factor), self.clock_s + now_s))
+            happened.append(fault)
+            struck_s = min(struck_s, since_s - self.clock_s)
+        for fault in wanted:
+            self.slow.pop(fault.device, None)
+        in_round = min(fault.step for fault in happened) if found else rounds
+        return _Turn(tuple(happened), in_round, struck_s, now_s, resumed, change.trained)
+
+
+def _inside(fault: Fault, phase: Phase, rounds: int) -> bool:
+    """Whether the fault strikes in the phase, in front of which so many rounds are over."""
+    if fault.kind in (LEAVE, JOIN):
+        return False
+    if fault.during == "replication":
+        return phase.name == REPLICATE and rounds == fault.step
+    return bool(phase.shards) and rounds <= fault.step < rounds + phase.repeat
 
 
 def _split(phases: Sequence[Phase], again: int) -> Iterator[Phase]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -15,9 +15,9 @@ from harness.cluster import Cluster
 from harness.costs import Costs
 from harness.engine import Execution
 from harness.experiment import one
-from harness.faults import CRASH, SILENCE_S, faults_of
+from harness.faults import CRASH, HEARTBEAT_TIMEOUT_S, faults_of
 from harness.plan import Plan
-from harness.recovery import stages_of
+from harness.recovery import Change, Resumed, stages_of
 from harness.replication import replicated
 from harness.schedules import Pipeline, Stage
 from harness.workload import Workload
@@ -78,8 +78,12 @@ class Bed:
     costs: Costs
     plan: Plan
 
-    def run(self, faults: str = "", recovery: str = asteroid.LIGHTWEIGHT) -> Execution:
-        replan = partial(asteroid.replan, self.workload, self.costs, self.cluster, {**OPTIONS, "recovery": recovery})
+    def run(self, faults: str = "", recovery: str = asteroid.LIGHTWEIGHT, straggler: float | None = None) -> Execution:
+        options = {**OPTIONS, "recovery": recovery, "straggler": straggler}
+
+        def replan(cluster: Cluster, change: Change) -> Resumed | None:
+            return asteroid.replan(self.workload, self.costs, cluster, options, change)
+
         asked = faults_of(faults, DEVICES) if faults else ()
         return self.execute(self.plan, self.workload, self.costs, verify=True, faults=asked, replan=replan)
 
@@ -87,17 +91,20 @@ class Bed:
 def opened(testbed: str, execute: Callable[..., Execution]) -> Bed:
     request = one({**ASKED, "testbed": testbed}, {})
     costs, _ = runner.make_plan(request)
-    first, second = costs.layers[2][0], costs.layers[4][0]
-    stages = (
-        Stage((0, first), ("device0",), (1.0,)),
-        Stage((first, second), ("device1", "device2"), (1.0, 1.0)),
-        Stage((second, len(costs.units)), ("device3",), (1.0,)),
-    )
-    pipeline = Pipeline(costs, stages, request.workload.optimizer)
-    phase = pipeline.phase((2,) * MICRO_BATCHES, [4, 3, 1], repeat=ROUNDS)
-    plan = Plan("asteroid", len(costs.units), pipeline.tensors, (phase,))
-    plan = replicated(plan, topology(stages_of(plan)), PERIOD)
+    plan = plan_of(("device0",), ("device1", "device2"), ("device3",), costs=costs)
     return Bed(execute, request.testbed.cluster, request.workload, costs, plan)
+
+
+def plan_of(*groups: tuple[str, ...], costs: Costs) -> Plan:
+    """Stages of these devices, each of about as many layers, with snapshots."""
+    cuts = [0, *(costs.layers[round(len(costs.layers) * n / len(groups))][0] for n in range(1, len(groups)))]
+    ranges = pairwise((*cuts, len(costs.units)))
+    stages = tuple(Stage(units, group, (1.0,) * len(group)) for units, group in zip(ranges, groups, strict=True))
+    pipeline = Pipeline(costs, stages, ASKED["optimizer"])
+    warmup = [min(MICRO_BATCHES, 2 * behind - 1) for behind in range(len(groups), 0, -1)]
+    phase = pipeline.phase((2,) * MICRO_BATCHES, warmup, repeat=ROUNDS)
+    plan = Plan("asteroid", len(costs.units), pipeline.tensors, (phase,))
+    return replicated(plan, topology(stages_of(plan)), PERIOD)
 
 
 def check(found: Execution, undisturbed: Execution, fault: str) -> None:
@@ -110,5 +117,5 @@ def check(found: Execution, undisturbed: Execution, fault: str) -> None:
     assert recovery["in_round"] == int(step)
     back = int(step) - (PERIOD if "replication" in during else int(step) % PERIOD)
     assert recovery["back_to_round"] == max(back, 0)
-    limit = 0.5 if kind == CRASH else SILENCE_S + 0.5
+    limit = 0.5 if kind == CRASH else HEARTBEAT_TIMEOUT_S + 0.5
     assert isinstance(recovery["detect_s"], float) and recovery["detect_s"] < limit

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from harness.experiment import one
 from harness.faults import CRASH, HANG
 from systems import asteroid
 from testbeds import emulated, library
-from tests.testbeds.faults import ASKED, Bed, check, grid, marked, opened
+from tests.testbeds.faults import ASKED, Bed, check, grid, marked, opened, plan_of
 from tests.testbeds.processes import nothing_left, own_folders
 
 __all__ = ["own_folders"]
@@ -68,6 +69,59 @@ def test_heavy_rescheduling_ends_with_the_same(bed: Bed, undisturbed: Execution)
     check(bed.run(fault, asteroid.HEAVY), undisturbed, fault)
 
 
+def same(found: Execution, undisturbed: Execution) -> None:
+    assert found.max_rel_error is not None and found.max_rel_error < 1e-5
+    assert found.losses == pytest.approx(undisturbed.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("device", [f"device{number}" for number in range(4)])
+def test_one_that_leaves_is_there_until_the_next_snapshot(device: str, bed: Bed, undisturbed: Execution) -> None:
+    found = bed.run(f"leave {device} at step 4")
+    same(found, undisturbed)
+    (recovery,) = found.recoveries
+    assert (recovery["in_round"], recovery["back_to_round"], recovery["replay_s"]) == (6, 6, 0)
+    assert recovery["detect_s"] == 0
+    assert device not in found.trace.devices
+
+
+def test_one_that_joins_takes_part_from_the_next_snapshot_on(bed: Bed, undisturbed: Execution) -> None:
+    smaller = replace(bed, plan=plan_of(("device0",), ("device1", "device2"), costs=bed.costs))
+    found = smaller.run("join device3 at step 2")
+    same(found, undisturbed)
+    (recovery,) = found.recoveries
+    assert (recovery["in_round"], recovery["back_to_round"], recovery["replay_s"]) == (3, 3, 0)
+    assert recovery["moved_bytes"] > 0
+    assert set(found.trace.devices) == set(bed.cluster.names)
+
+
+def test_one_joins_one_leaves_and_one_is_lost(bed: Bed, undisturbed: Execution) -> None:
+    smaller = replace(bed, plan=plan_of(("device0",), ("device1", "device2"), costs=bed.costs))
+    found = smaller.run("join device3 at step 0; leave device1 at step 2; crash device0 at step 7 during backward")
+    same(found, undisturbed)
+    assert [recovery["back_to_round"] for recovery in found.recoveries] == [0, 3, 6]
+    assert set(found.trace.devices) == {"device2", "device3"}
+
+
+def test_one_that_has_just_joined_is_lost(bed: Bed, undisturbed: Execution) -> None:
+    smaller = replace(bed, plan=plan_of(("device0",), ("device1", "device2"), costs=bed.costs))
+    for lost in ("device3", "device1"):
+        found = smaller.run(f"join device3 at step 3; crash {lost} at step 4")
+        same(found, undisturbed)
+        assert [recovery["back_to_round"] for recovery in found.recoveries] == [3, 3]
+
+
+def test_one_that_was_lost_comes_back(bed: Bed, undisturbed: Execution) -> None:
+    found = bed.run("crash device2 at step 1; join device2 at step 2; hang device0 at step 4; join device0 at step 5")
+    same(found, undisturbed)
+    assert [recovery["back_to_round"] for recovery in found.recoveries] == [0, 3, 3, 6]
+    assert set(found.trace.devices) == set(bed.cluster.names)
+
+
+def test_where_nothing_is_shaped_no_device_can_be_slow(bed: Bed) -> None:
+    with pytest.raises(OrreryError, match=r"devices have neither links nor a speed of their own"):
+        bed.run("slow 2x device1 at step 4")
+
+
 def test_without_the_only_copy_the_run_ends_and_says_so(bed: Bed) -> None:
     with pytest.raises(Broken, match=r"had the only copy of what units 0 to \d+ have learned.*snapshot was of round 3"):
         bed.run("crash device1 at step 4; crash device0 at step 5")
@@ -79,7 +133,10 @@ def test_a_fault_that_never_strikes_is_no_success(bed: Bed) -> None:
 
 
 def test_faults_are_for_plans_that_can_go_on() -> None:
-    for asked, reason in (({"method": "gpipe"}, "does not go on without"), ({}, "Set asteroid.replication_period")):
+    for asked, reason in (
+        ({"method": "gpipe"}, "does not plan again where devices change"),
+        ({}, "Set asteroid.replication_period"),
+    ):
         request = one({**ASKED, **asked, "testbed": "local-4", "inject": "crash device1 at step 4"}, {})
         with pytest.raises(OrreryError, match=reason):
             runner.run(request)

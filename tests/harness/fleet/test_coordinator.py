@@ -20,7 +20,7 @@ from tests.harness.fleet.crew import crew
 
 #: No iteration of a test takes so long.
 STALL_S = 20.0
-SILENCE_S = 0.8
+TIMEOUT_S = 0.8
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Crews(contextlib.ExitStack):
     def whole(self) -> Crew:
         if self.crew is None or self.crew.fleet.broken:
             self.close()
-            supervisors = self.enter_context(crew(["device0", "device1", "device2"], patience_s=SILENCE_S))
-            fleet = Fleet({name: channel for name, (_, channel) in supervisors.items()})
+            supervisors = self.enter_context(crew(["device0", "device1", "device2"], patience_s=TIMEOUT_S))
+            fleet = Fleet({name: channel for name, (_, channel) in supervisors.items()}, TIMEOUT_S)
             self.crew = Crew(fleet, {name: pid for name, (pid, _) in supervisors.items()})
         return self.crew
 
@@ -63,8 +63,7 @@ def crews() -> Iterator[Crews]:
 
 
 @pytest.fixture
-def three(crews: Crews, monkeypatch: pytest.MonkeyPatch) -> Crew:
-    monkeypatch.setattr(coordinator, "SILENCE_S", SILENCE_S)
+def three(crews: Crews) -> Crew:
     return crews.whole()
 
 
@@ -135,7 +134,7 @@ def test_what_a_worker_cannot_do_or_read_is_no_crash(three: Crew) -> None:
 
 
 def test_a_worker_that_hangs_is_named(three: Crew) -> None:
-    with within(SILENCE_S + 2), pytest.raises(Lost, match=r"^device2: its worker hangs: no sign of life for 0\.\d s$"):
+    with within(TIMEOUT_S + 2), pytest.raises(Lost, match=r"^device2: its worker hangs: no sign of life for 0\.\d s$"):
         three.run("steps 1 15", "steps 1 15", "kill SIGSTOP")
     assert works(three)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import replace
 from itertools import pairwise
 
@@ -13,10 +14,10 @@ import pytest
 from harness.cluster import Cluster
 from harness.costs import Costs
 from harness.errors import Broken, OrreryError
-from harness.faults import SILENCE_S, faults_of
+from harness.faults import faults_of
 from harness.plan import Plan, Recv, Send
 from harness.plan.validate import validate
-from harness.recovery import Loss, Losses, left_over, stages_of
+from harness.recovery import Change, Membership, Resumed, left_over, stages_of
 from harness.replication import original, replicated
 from harness.schedules import Pipeline, Stage
 from harness.simulator import simulate
@@ -90,36 +91,38 @@ def test_a_snapshot_costs_what_is_trained_and_travels_once_where_there_is_no_oth
 
 @pytest.mark.parametrize("lost", [("device0",), ("device1",), ("device2",), ("device3",), ("device1", "device2")])
 def test_restorers_have_what_nobody_else_has(lost: tuple[str, ...]) -> None:
-    loss = Loss(lost, by_hand(), 4, 1)
+    change = Change(lost, by_hand(), 4, 1, BOARDS)
     gone = {stage.units for stage in STAGES if set(stage.devices) <= set(lost)}
     if len(lost) == 2:
         with pytest.raises(Broken, match=r"every copy of what units 2 to 4.*of round 4"):
-            restorers(STAGES, loss)
+            restorers(STAGES, change)
         return
-    found = restorers(STAGES, loss)
+    found = restorers(STAGES, change)
     assert found.keys() == gone
     for units, backup in found.items():
-        mine = {original(value.name) for value in loss.standing[backup]}
+        mine = {original(value.name) for value in change.standing[backup]}
         assert f"weights@{units[0]}:{units[1]}" in mine and f"optimizer@{units[0]}:{units[1]}" in mine
 
 
 def test_without_the_only_copy_there_is_a_clear_end() -> None:
     with pytest.raises(Broken, match=r"device0 and device1 had the only copy of what units 0 to 2 .* of round 8"):
-        restorers(STAGES, Loss(("device0", "device1"), by_hand(), 8, 1))
+        restorers(STAGES, Change(("device0", "device1"), by_hand(), 8, 1, BOARDS))
 
 
 def test_groups_that_are_left_keep_their_balance() -> None:
     speed = {"device0": 4.0, "device1": 1.0, "device2": 3.0, "device3": 2.0}
     work = [10.0, 8.0, 6.0]
-    assert groups_left(STAGES, ("device2",), speed, work) == [
+    assert groups_left(STAGES, ("device2",), speed, speed, work) == [
         (("device0",), 10.0),
         (("device1",), 8.0 * 1 / 4),
         (("device3",), 6.0),
     ]
-    taken_over = groups_left(STAGES, ("device0",), speed, work)  # its copy is on a device whose group goes on without
+    taken_over = groups_left(STAGES, ("device0",), speed, speed, work)  # by the one of two that has its copy
     assert taken_over == [(("device1",), 10.0 * 1 / 4), (("device2",), 8.0 * 3 / 4), (("device3",), 6.0)]
-    merged = groups_left(STAGES, ("device3",), speed, work)  # its copy is on a stage of one device
+    merged = groups_left(STAGES, ("device3",), speed, speed, work)  # its copy is on a stage of one device
     assert merged == [(("device0",), 10.0), (("device1", "device2"), (8.0 + 6.0) * 4 / 6)]
+    slower = groups_left(STAGES, (), speed, {**speed, "device2": 1.0}, work)
+    assert slower == [(("device0",), 10.0), (("device1", "device2"), 8.0 * 2 / 4), (("device3",), 6.0)]
 
 
 def test_layers_are_shifted_as_near_to_the_proportions_as_they_allow() -> None:
@@ -156,18 +159,20 @@ def test_after_any_loss_what_is_left_is_trained_and_only_what_is_lacking_travels
     for plan, costs, boards in plans():
         for device in boards.names:
             stages = stages_of(plan)
-            loss = Loss((device,), plan, 8, 1)
+            change = Change((device,), plan, 8, 1, boards)
             try:
-                restorers(stages, loss)
+                restorers(stages, change)
             except Broken:
                 assert len(stages) == 1 and len(boards.devices) == 1
                 continue
             lost += 1
-            found = asteroid.replan(WORKLOAD, costs, boards, {**OPTIONS, "recovery": recovery}, loss)
+            left = without(boards, device)
+            found = asteroid.replan(WORKLOAD, costs, left, {**OPTIONS, "recovery": recovery}, change)
+            assert found is not None
             validate(found.plan, costs)
             assert rounds(found.plan) == WORKLOAD.steps - 8
             assert set(found.plan.devices) == set(boards.names) - {device}
-            trace = simulate(found.plan, costs, without(boards, device))
+            trace = simulate(found.plan, costs, left)
             sizes = {
                 name: tensor.width * tensor.itemsize + tensor.fixed_bytes for name, tensor in found.plan.tensors.items()
             }
@@ -193,33 +198,35 @@ def test_rounds_that_are_left() -> None:
     assert left_over(uneven, 6) == []
 
 
+def replan(boards: Cluster, change: Change) -> Resumed | None:
+    return asteroid.replan(WORKLOAD, COSTS, boards, OPTIONS, change)
+
+
 def test_a_second_loss_goes_back_to_the_last_snapshot_whoever_took_it() -> None:
-    losses, first = Losses(), by_hand()
-    loss = losses.another("device1", first, 0, 8)
-    assert loss == Loss(("device1",), first, 8, 1, 0)
-    second = asteroid.replan(WORKLOAD, COSTS, BOARDS, OPTIONS, loss).plan
-    before_any = losses.another("device2", second, 8, None)
-    assert before_any == Loss(("device1", "device2"), first, 8, 2, 0)
-    after_one = Losses(1).another("device2", second, 8, 12)
-    assert after_one == Loss(("device2",), second, 12, 2, 8)
-    third = asteroid.replan(WORKLOAD, COSTS, BOARDS, OPTIONS, after_one).plan
-    validate(third, COSTS)
-    assert rounds(third) == WORKLOAD.steps - 12
+    members, first = Membership(BOARDS), by_hand()
+    change = members.lost("device1", first, 0, 8)
+    assert change == Change(("device1",), first, 8, 1, BOARDS)
+    second = replan(members.cluster, change)
+    assert second is not None
+    before_any = copy(members).lost("device2", second.plan, 8, None)
+    assert before_any == Change(("device1", "device2"), first, 8, 2, BOARDS)
+    after_one = members.lost("device2", second.plan, 8, 12)
+    assert after_one == Change(("device2",), second.plan, 12, 2, without(BOARDS, "device1"), 8)
+    third = replan(members.cluster, after_one)
+    assert third is not None
+    validate(third.plan, COSTS)
+    assert rounds(third.plan) == WORKLOAD.steps - 12
 
 
 def test_virtual_time_of_a_recovery_is_the_sum_of_its_parts() -> None:
     plan = by_hand()
-
-    def replan(loss: Loss) -> object:
-        return asteroid.replan(WORKLOAD, COSTS, BOARDS, OPTIONS, loss)
-
     whole = simulate(plan, COSTS, BOARDS)
     per_round = next(p for p in whole.phases if p.name == "train").iteration_s[-1]
-    for kind, detect_s in (("crash", BOARDS.latency_s), ("hang", SILENCE_S), ("cut", SILENCE_S)):
+    for kind, detect_s in (("crash", BOARDS.latency_s), ("hang", 2.0), ("cut", 2.0)):
         faults = faults_of(f"{kind} device0 at step 6 during backward", BOARDS.names)
-        trace, (found,), total_s = run(plan, COSTS, BOARDS, faults, replan)  # type: ignore[arg-type]
+        trace, (found,), total_s = run(plan, COSTS, BOARDS, faults, replan, heartbeat_timeout_s=2.0)
         assert (found["in_round"], found["back_to_round"]) == (6, 4)
-        assert found["detect_s"] == detect_s and found["regroup_s"] == MESSAGES * BOARDS.latency_s
+        assert found["detect_s"] == pytest.approx(detect_s) and found["regroup_s"] == MESSAGES * BOARDS.latency_s
         struck_s = total_s - detect_s - found["regroup_s"] - trace.total_s
         assert 6 * per_round < struck_s < whole.total_s
         assert found["throughput_before_samples_per_s"] == pytest.approx(6 * 8 / struck_s)
@@ -229,18 +236,67 @@ def test_virtual_time_of_a_recovery_is_the_sum_of_its_parts() -> None:
         assert found["replay_s"] == pytest.approx(2 * found["first_step_s"], rel=0.2)
 
 
+@pytest.mark.parametrize("text", ["leave device2 at step 5", "leave device0 at step 6"])
+def test_one_that_leaves_stays_until_the_next_snapshot_and_no_round_is_done_again(text: str) -> None:
+    trace, (found,), total_s = run(by_hand(), COSTS, BOARDS, faults_of(text, BOARDS.names), replan, 3.0)
+    assert (found["in_round"], found["back_to_round"], found["detect_s"], found["replay_s"]) == (8, 8, 0, 0)
+    assert text.split()[1] not in trace.devices
+    assert sum(phase.repeat for phase in trace.phases if phase.name == "train") == 25 - 8
+    assert total_s > trace.total_s
+
+
+def test_one_that_joins_gets_its_part_at_the_next_snapshot() -> None:
+    members = Membership(BOARDS, ["device3"])
+    plan = asteroid.plan(WORKLOAD, COSTS, members.cluster, OPTIONS)
+    assert "device3" not in plan.devices
+    trace, (found,), _ = run(plan, COSTS, BOARDS, faults_of("join device3 at step 3", BOARDS.names), replan, 3.0)
+    assert (found["in_round"], found["back_to_round"], found["replay_s"]) == (4, 4, 0)
+    assert set(trace.devices) == set(BOARDS.names) and found["moved_bytes"] > 0
+    assert found["throughput_after_samples_per_s"] > found["throughput_before_samples_per_s"]
+
+
+def test_one_that_joined_is_lost_before_the_next_snapshot() -> None:
+    members = Membership(BOARDS, ["device3"])
+    plan = asteroid.plan(WORKLOAD, COSTS, members.cluster, OPTIONS)
+    for lost in ("device1", "device3"):
+        faults = faults_of(f"join device3 at step 3; crash {lost} at step 6", BOARDS.names)
+        trace, (_, found), _ = run(plan, COSTS, BOARDS, faults, replan, 3.0)
+        assert found["back_to_round"] == 4
+        assert set(trace.devices) == set(BOARDS.names) - {lost}
+
+
+def test_a_straggler_gets_less_to_do_at_the_next_snapshot_if_that_is_wanted() -> None:
+    plan, faults = by_hand(), faults_of("slow 3x device2 at step 5", BOARDS.names)
+    watching = {**OPTIONS, "straggler": 1.5}
+
+    def watched(boards: Cluster, change: Change) -> Resumed | None:
+        return asteroid.replan(WORKLOAD, COSTS, boards, watching, change)
+
+    undisturbed = simulate(plan, COSTS, BOARDS).total_s
+    _, left_alone, alone_s = run(plan, COSTS, BOARDS, faults, replan, 3.0)
+    trace, (found,), total_s = run(plan, COSTS, BOARDS, faults, watched, 3.0)
+    assert not left_alone and undisturbed < total_s < alone_s
+    assert (found["in_round"], found["back_to_round"], found["device"]) == (5, 8, "device2")
+    slow_round = (alone_s - undisturbed) / (25 - 5)
+    assert found["detect_s"] > 3 * slow_round
+    assert trace.busy_s["device2"]["compute"] < trace.busy_s["device1"]["compute"] * 3
+    assert set(trace.devices) == set(BOARDS.names)
+    barely = faults_of("slow 1.3x device2 at step 5", BOARDS.names)
+    assert not run(plan, COSTS, BOARDS, barely, watched, 3.0)[1], "less than what was asked for"
+
+
 def test_what_never_happens_is_refused() -> None:
-    plan = by_hand()
-
-    def replan(loss: Loss) -> object:
-        return asteroid.replan(WORKLOAD, COSTS, BOARDS, OPTIONS, loss)
-
-    for text in ("crash device0 at step 25", "crash device0 at step 3 during all-reduce"):
+    never = ("crash device0 at step 25", "crash device0 at step 3 during all-reduce", "leave device0 at step 25")
+    for text in never:
         with pytest.raises(OrreryError, match="never strikes"):
-            run(plan, COSTS, BOARDS, faults_of(text, BOARDS.names), replan)  # type: ignore[arg-type]
+            run(by_hand(), COSTS, BOARDS, faults_of(text, BOARDS.names), replan, 3.0)
 
 
 def test_options_are_checked() -> None:
-    for options, reason in (({"replication_period": 0}, "replication_period is 0"), ({"recovery": "magic"}, "magic")):
+    for options, reason in (
+        ({"replication_period": 0}, "replication_period is 0"),
+        ({"recovery": "magic"}, "magic"),
+        ({"straggler": 0.5}, "straggler is 0.5"),
+    ):
         with pytest.raises(OrreryError, match=reason):
             asteroid.plan(WORKLOAD, COSTS, BOARDS, {**OPTIONS, **options})

@@ -1,4 +1,4 @@
-"""Devices that are cut off, on emulated links: as `test_faults`, for what needs rights."""
+"""Devices that are cut off, or become slow, on a shaped testbed: as `test_faults`, for what needs rights."""
 
 from __future__ import annotations
 
@@ -59,3 +59,18 @@ def undisturbed(shaped: Bed) -> Execution:
 @pytest.mark.parametrize("fault", marked(grid((CUT,)), 3))
 def test_the_others_go_on_without_one_that_is_cut_off(fault: str, shaped: Bed, undisturbed: Execution) -> None:
     check(shaped.run(fault), undisturbed, fault)
+
+
+def test_a_slow_device_is_noticed_and_gets_less_to_do(shaped: Bed, undisturbed: Execution) -> None:
+    fault = "slow 3x device2 at step 3"
+    left_alone = shaped.run(fault)
+    assert not left_alone.recoveries
+    found = shaped.run(fault, straggler=1.5)
+    for run in (left_alone, found):
+        assert run.max_rel_error is not None and run.max_rel_error < 1e-5
+        assert run.losses == pytest.approx(undisturbed.losses, rel=1e-5)
+    (recovery,) = found.recoveries
+    assert (recovery["fault"], recovery["in_round"], recovery["back_to_round"]) == (fault, 3, 6)
+    assert recovery["replay_s"] == 0 and recovery["detect_s"] > 0
+    busy = found.trace.busy_s
+    assert busy["device2"]["compute"] < 2 * busy["device1"]["compute"], "it has become a third, and so has its work"
