@@ -26,6 +26,12 @@ def tests(session: nox.Session) -> None:
     run(session, "pytest", *session.posargs)
 
 
+@nox.session(venv_backend="none", default=False)
+def slow(session: nox.Session) -> None:
+    """The tests that take minutes. Arguments go to pytest."""
+    run(session, "pytest", "-m", "slow", *session.posargs)
+
+
 @nox.session(venv_backend="none")
 def lint(session: nox.Session) -> None:
     """Style, types, and who may import whom."""

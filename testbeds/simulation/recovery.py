@@ -137,12 +137,14 @@ class _Course:
         passed_s: float,
     ) -> _Turn:
         """A device is lost in the next iteration of the phase, with an action that the fault is about."""
-        last = replace(phase, repeat=1)
-        trace = simulate(replace(plan, phases=(*segment, last)), self.costs, self.actual)
+        whole = [*segment, replace(phase, repeat=1)]
+        tail = whole[max((place for place, before in enumerate(whole) if before.commits), default=0) :]
+        trace = simulate(replace(plan, phases=tuple(tail)), self.costs, self.actual)  # of a long one not all is kept
+        passed_s += simulate(replace(plan, phases=tuple(whole)), self.costs, self.actual).total_s - trace.total_s
         moments = sorted(
             event.start_s
             for event in trace.events
-            if event.phase == len(segment)
+            if event.phase == len(tail) - 1
             and event.device == fault.device
             and (fault.during in (None, "replication") or moment_of_event(event) == fault.during)
         )

@@ -88,21 +88,21 @@ class Bed:
         return self.execute(self.plan, self.workload, self.costs, verify=True, faults=asked, replan=replan)
 
 
-def opened(testbed: str, execute: Callable[..., Execution]) -> Bed:
-    request = one({**ASKED, "testbed": testbed}, {})
+def opened(testbed: str, execute: Callable[..., Execution], rounds: int = ROUNDS) -> Bed:
+    request = one({**ASKED, "testbed": testbed, "steps": rounds}, {})
     costs, _ = runner.make_plan(request)
-    plan = plan_of(("device0",), ("device1", "device2"), ("device3",), costs=costs)
+    plan = plan_of(("device0",), ("device1", "device2"), ("device3",), costs=costs, rounds=rounds)
     return Bed(execute, request.testbed.cluster, request.workload, costs, plan)
 
 
-def plan_of(*groups: tuple[str, ...], costs: Costs) -> Plan:
+def plan_of(*groups: tuple[str, ...], costs: Costs, rounds: int = ROUNDS) -> Plan:
     """Stages of these devices, each of about as many layers, with snapshots."""
     cuts = [0, *(costs.layers[round(len(costs.layers) * n / len(groups))][0] for n in range(1, len(groups)))]
     ranges = pairwise((*cuts, len(costs.units)))
     stages = tuple(Stage(units, group, (1.0,) * len(group)) for units, group in zip(ranges, groups, strict=True))
     pipeline = Pipeline(costs, stages, ASKED["optimizer"])
     warmup = [min(MICRO_BATCHES, 2 * behind - 1) for behind in range(len(groups), 0, -1)]
-    phase = pipeline.phase((2,) * MICRO_BATCHES, warmup, repeat=ROUNDS)
+    phase = pipeline.phase((2,) * MICRO_BATCHES, warmup, repeat=rounds)
     plan = Plan("asteroid", len(costs.units), pipeline.tensors, (phase,))
     return replicated(plan, topology(stages_of(plan)), PERIOD)
 
