@@ -19,6 +19,8 @@ from harness.search import summary
 from harness.workload import Workload
 
 MOVE, COLLECT, REDISTRIBUTE = "move", "collect", "redistribute"
+#: The device that has the most of what is to be collected, the first of equals.
+FULLEST = "fullest"
 
 
 @dataclass(frozen=True)
@@ -158,13 +160,13 @@ def resumed(
     restorers: Mapping[Range, str],
     backups: Mapping[str, str],
     period: int,
-    collect: bool = False,
+    collector: str | None = None,
 ) -> Resumed:
     """The rounds that are left on these stages, after what each device lacks has come to it.
 
     restorers: units of a stage of which nobody is left -> the device that has the copy of its snapshot. It and those
-    that held a stage are where values come from. `backups` and `period`: of the snapshots that follow. With `collect`
-    one device collects all values first, and then hands them out: the one that has the most, the first of equals.
+    that held a stage are where values come from. `backups` and `period`: of the snapshots that follow. A
+    `collector`, a device or the FULLEST of them, has all values come to it first, and then hands them out.
     """
     assert change.plan is not None
     before = stages_of(change.plan)
@@ -193,10 +195,10 @@ def resumed(
         frozen = [v for v in live[device] if v not in own and not _trained(v, tensors)]  # of these all have the file
         held[device] = (*own, *frozen, *standing[device])
     after = {device: (*live[device], *standing[device]) for device in devices}
-    if collect:
+    if collector is not None:
         trained = [value for value in values if _trained(value, tensors)]
         has = {device: sum(tensors[v.name].bytes(v) for v in trained if v in held[device]) for device in devices}
-        one = max(devices, key=has.__getitem__)
+        one = max(devices, key=has.__getitem__) if collector == FULLEST else collector
         gathered = {**held, one: tuple(dict.fromkeys((*held[one], *trained)))}
         moves = [
             hand_out(COLLECT, held, gathered, tensors),

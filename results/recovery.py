@@ -8,6 +8,7 @@ the round in which it happened, the run is where it would have been.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from statistics import median
 
 import pandas as pd
@@ -15,7 +16,7 @@ import pandas as pd
 from harness.records import Record, Recovery
 from results.tables import Table, significant
 
-HEAVY, LIGHTWEIGHT = "heavy", "lightweight"
+LIGHTWEIGHT = "lightweight"
 SECONDS = {
     "detect, s": "detect_s",
     "plan, s": "replan_s",
@@ -64,12 +65,12 @@ def tables(records: Sequence[Record]) -> Iterator[Table]:
     yield Table("recovery", "Devices that were lost, and how runs went on", pd.DataFrame(rows), numbers, 5, notes)
     ratios = list(_ratios(runs))
     if ratios:
-        title = f"How many times as long {HEAVY} recovery takes as {LIGHTWEIGHT}"
+        title = f"How many times as long other recovery takes as {LIGHTWEIGHT}"
         columns = dict.fromkeys(("median", "least", "most"), "{:.3g}x".format)
         notes = (
             "Where nothing has to move, lightweight recovery is but new connections, and in virtual time no plan.",
         )
-        yield Table("recovery-ratios", title, pd.DataFrame(ratios), columns | {"failures": "{:.0f}".format}, 4, notes)
+        yield Table("recovery-ratios", title, pd.DataFrame(ratios), columns | {"failures": "{:.0f}".format}, 5, notes)
 
 
 def _row(run: Record, recovery: Recovery) -> dict[str, object]:
@@ -88,8 +89,10 @@ def _row(run: Record, recovery: Recovery) -> dict[str, object]:
 
 
 def _how(run: Record) -> str:
-    """The kind of recovery, as the method's option of that name has it."""
-    return str(run.method_options.get("recovery", run.method))
+    """The kind of recovery, as the method's options have it."""
+    kind = str(run.method_options.get("recovery", run.method))
+    collector = run.method_options.get("collector")
+    return kind if collector is None or kind == LIGHTWEIGHT else f"{kind}, {collector} collects"
 
 
 def _ratios(runs: Sequence[Record]) -> Iterator[dict[str, object]]:
@@ -99,15 +102,21 @@ def _ratios(runs: Sequence[Record]) -> Iterator[dict[str, object]]:
         failures = found.setdefault((run.model, run.testbed, run.mode), {})
         failures.setdefault(run.inject or "", {})[_how(run)] = run
     for (model, testbed, mode), failures in found.items():
-        for what, seconds in (("recovery", took_s), ("caught up", caught_up_s)):
+        others = dict.fromkeys(kind for kinds in failures.values() for kind in kinds if kind != LIGHTWEIGHT)
+        for other, (what, seconds) in product(others, (("recovery", took_s), ("caught up", caught_up_s))):
             ratios = []
             for kinds in failures.values():
-                heavy, light = (_total(kinds.get(kind), seconds) for kind in (HEAVY, LIGHTWEIGHT))
+                heavy, light = (_total(kinds.get(kind), seconds) for kind in (other, LIGHTWEIGHT))
                 if heavy is not None and light is not None:
                     ratios.append(heavy / light)
             if ratios:
-                about = {"model": model, "testbed": testbed, "mode": mode, "of": what, "failures": len(ratios)}
-                yield about | {"median": median(ratios), "least": min(ratios), "most": max(ratios)}
+                about = {"model": model, "testbed": testbed, "mode": mode, "recovery": other, "of": what}
+                yield about | {
+                    "failures": len(ratios),
+                    "median": median(ratios),
+                    "least": min(ratios),
+                    "most": max(ratios),
+                }
 
 
 def _total(run: Record | None, seconds: Callable[[Recovery], float | None]) -> float | None:

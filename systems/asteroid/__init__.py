@@ -12,7 +12,7 @@ from harness.cluster import Cluster
 from harness.costs import Costs
 from harness.errors import OrreryError, unknown_name
 from harness.plan import Plan
-from harness.recovery import Change, Resumed, resumed, stages_of
+from harness.recovery import FULLEST, Change, Resumed, resumed, stages_of
 from harness.replication import replicated
 from harness.schedules import micro_batches
 from harness.search import plan_pipeline
@@ -21,6 +21,8 @@ from systems.asteroid.layouts import ASTEROID, BALANCED, PAPER, PLANNED, layouts
 from systems.asteroid.recovery import lightweight, restorers, speeds, topology
 
 LIGHTWEIGHT, HEAVY = RECOVERIES = ("lightweight", "heavy")
+FIRST = "first"
+COLLECTORS = (FULLEST, FIRST)
 #: `planner`: the "paper"'s dynamic program over devices in the order of their memory; the "exact" one, which finds the
 #: best for that order; or a "search" for the order, too. `offload`: stragglers give rows to faster devices (the second
 #: part of algorithm 1). `stages`: their number, instead of the best one. `idle`: devices may be left away; no source
@@ -30,7 +32,8 @@ LIGHTWEIGHT, HEAVY = RECOVERIES = ("lightweight", "heavy")
 #: micro-batches, with P - p as in plain "1f1b", or with all as "gpipe" does.
 #: `replication_period`: rounds between two snapshots, which a run that goes on without a lost device needs; None: there
 #: are none. `recovery`: "lightweight" as in the paper, or "heavy": all is collected on one device, planned anew by the
-#: planner, and handed out. `straggler`: a device that takes so many times as long as planned, or as little, has its
+#: planner, and handed out. `collector`: that device is the "fullest", which has the most of it already, or the "first"
+#: that is left, whatever it has. `straggler`: a device that takes so many times as long as planned, or as little, has its
 #: layers and rows planned again at the next snapshot; None: it is left as it is.
 OPTIONS: dict[str, object] = {
     "micro_batch_size": None,
@@ -43,6 +46,7 @@ OPTIONS: dict[str, object] = {
     "warmup": ASTEROID,
     "replication_period": None,
     "recovery": LIGHTWEIGHT,
+    "collector": FULLEST,
     "straggler": None,
 }
 
@@ -92,7 +96,7 @@ def replan(
         backups,
         topology(after),
         period,
-        collect=options["recovery"] == HEAVY,
+        collector=None if options["recovery"] == LIGHTWEIGHT else _collector(options, rest),
     )
 
 
@@ -100,6 +104,10 @@ def _stages_for(options: Mapping[str, object], cluster: Cluster) -> Mapping[str,
     """The options, where there may be fewer devices than stages were asked for."""
     stages = options["stages"]
     return {**options, "stages": min(stages, len(cluster.devices))} if isinstance(stages, int) else options
+
+
+def _collector(options: Mapping[str, object], cluster: Cluster) -> str:
+    return cluster.names[0] if options["collector"] == FIRST else FULLEST
 
 
 def _straggles(workload: Workload, costs: Costs, cluster: Cluster, most: object, change: Change) -> bool:
@@ -116,6 +124,8 @@ def _period(options: Mapping[str, object]) -> int | None:
         raise OrreryError(f"asteroid.replication_period is {period!r}; it must be a whole number of rounds, from 1 on.")
     if options["recovery"] not in RECOVERIES:
         raise unknown_name("value of asteroid.recovery", str(options["recovery"]), RECOVERIES)
+    if options["collector"] not in COLLECTORS:
+        raise unknown_name("value of asteroid.collector", str(options["collector"]), COLLECTORS)
     straggler = options["straggler"]
     if straggler is not None and not (isinstance(straggler, int | float) and straggler > 1):
         raise OrreryError(f"asteroid.straggler is {straggler!r}; it must be a number above 1.")

@@ -25,8 +25,8 @@ def runs() -> list[Record]:
     """Every device crashes, each time recovered in both ways; and one run without a failure."""
     found = [harness.run(**ASKED)]
     for device in range(3):
-        for how in ("lightweight", "heavy"):
-            options = {"replication_period": 3, "recovery": how, "micro_batch_size": 2}
+        for how, collector in (("lightweight", "fullest"), ("heavy", "fullest"), ("heavy", "first")):
+            options = {"replication_period": 3, "recovery": how, "collector": collector, "micro_batch_size": 2}
             fault = f"crash device{device} at step 4"
             found.append(harness.run(**ASKED, inject=fault, options=options))
     return found
@@ -35,7 +35,8 @@ def runs() -> list[Record]:
 def test_every_failure_has_a_row_with_its_parts(runs: list[Record]) -> None:
     assert all(run.status == "ok" for run in runs), [run.reason for run in runs]
     rows, _ = recovery.tables(runs)
-    assert len(rows.frame) == 6 and list(rows.frame["recovery"]) == ["lightweight", "heavy"] * 3
+    kinds = ["lightweight", "heavy, fullest collects", "heavy, first collects"]
+    assert len(rows.frame) == 9 and list(rows.frame["recovery"]) == kinds * 3
     for (_, row), run in zip(rows.frame.iterrows(), runs[1:], strict=True):
         (found,) = run.recovery or ()
         assert row["recovery, s"] == pytest.approx(found.regroup_s + (found.transfer_s or 0.0))
@@ -48,10 +49,12 @@ def test_every_failure_has_a_row_with_its_parts(runs: list[Record]) -> None:
 def test_ratios_are_of_the_same_failures(runs: list[Record]) -> None:
     rows, ratios = recovery.tables(runs)
     frame = rows.frame.set_index(["failure", "recovery"])["caught up, s"].unstack()
-    wanted = frame["heavy"] / frame["lightweight"]
-    (row,) = [row for _, row in ratios.frame.iterrows() if row["of"] == "caught up"]
-    assert row["failures"] == 3
-    assert (row["least"], row["median"], row["most"]) == pytest.approx((wanted.min(), wanted.median(), wanted.max()))
+    for kind in ("heavy, fullest collects", "heavy, first collects"):
+        wanted = frame[kind] / frame["lightweight"]
+        (row,) = [row for _, row in ratios.frame.iterrows() if (row["recovery"], row["of"]) == (kind, "caught up")]
+        assert row["failures"] == 3
+        found = row["least"], row["median"], row["most"]
+        assert found == pytest.approx((wanted.min(), wanted.median(), wanted.max()))
     only_heavy = [run for run in runs if run.method_options.get("recovery") != "lightweight" or run.inject is None]
     assert len(list(recovery.tables(only_heavy))) == 1
 

@@ -153,8 +153,11 @@ def lacking(plan: Plan, phase_number: int, bytes_of: Mapping[str, int]) -> Count
     return found
 
 
-@pytest.mark.parametrize("recovery", asteroid.RECOVERIES)
-def test_after_any_loss_what_is_left_is_trained_and_only_what_is_lacking_travels(recovery: str) -> None:
+@pytest.mark.parametrize(
+    ("recovery", "collector"), [("lightweight", "fullest"), ("heavy", "fullest"), ("heavy", "first")]
+)
+def test_after_any_loss_what_is_left_is_trained_and_only_what_is_lacking_travels(recovery: str, collector: str) -> None:
+    options = {**OPTIONS, "recovery": recovery, "collector": collector}
     lost = 0
     for plan, costs, boards in plans():
         for device in boards.names:
@@ -167,7 +170,7 @@ def test_after_any_loss_what_is_left_is_trained_and_only_what_is_lacking_travels
                 continue
             lost += 1
             left = without(boards, device)
-            found = asteroid.replan(WORKLOAD, costs, left, {**OPTIONS, "recovery": recovery}, change)
+            found = asteroid.replan(WORKLOAD, costs, left, options, change)
             assert found is not None
             validate(found.plan, costs)
             assert rounds(found.plan) == WORKLOAD.steps - 8
@@ -184,6 +187,7 @@ def test_after_any_loss_what_is_left_is_trained_and_only_what_is_lacking_travels
                 receivers = {d for d in plan.devices for a in phase.actions.get(d, ()) if isinstance(a, Recv)}
                 if phase.name == "collect":
                     assert len(receivers) <= 1
+                    assert collector == "fullest" or receivers <= {left.names[0]}
                 if phase.name == "redistribute":
                     assert len(senders) <= 1
     assert lost > 20
@@ -297,6 +301,7 @@ def test_options_are_checked() -> None:
         ({"replication_period": 0}, "replication_period is 0"),
         ({"recovery": "magic"}, "magic"),
         ({"straggler": 0.5}, "straggler is 0.5"),
+        ({"collector": "last"}, "last"),
     ):
         with pytest.raises(OrreryError, match=reason):
             asteroid.plan(WORKLOAD, COSTS, BOARDS, {**OPTIONS, **options})
