@@ -1,7 +1,7 @@
 """How far planners are from the best plan there is, by Asteroid's equations and by the simulator.
 
 A planner here is a function from a case to stages and the micro-batches that each keeps in flight, as every method
-hands to `harness.search.plan_pipeline`: any such function can be measured.
+hands to `harness.search.plan_pipeline`: any such function can be measured. A plan that does not fit by eq. 3 is none.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from functools import cached_property
 
 import numpy as np
 
+from baselines import dapple, pipedream
 from harness.cluster import Cluster
 from harness.costs import BACKWARD, FORWARD, Affine, Costs
 from harness.layer_tables import LayerTables
 from harness.plan import Plan
 from harness.schedules import Pipeline, Stage
+from harness.search import Group, grouped_stages, stage_bytes
 from harness.search import Layout as Stages
 from harness.simulator import simulate
+from harness.workload import Workload
 from systems.asteroid.equations import Step, latency
 from systems.asteroid.groups import Groups
 from systems.asteroid.layouts import laid_out
@@ -44,6 +47,10 @@ class Case:
     def groups(self) -> Groups:
         return Groups(LayerTables(self.costs, self.cluster), ROWS, self.count)
 
+    @property
+    def workload(self) -> Workload:
+        return Workload("toy", "toy", num_samples=ROWS * self.count, batch_size=ROWS * self.count)
+
     @cached_property
     def every(self) -> list[Stages]:
         """All cuts, on all groups in all orders that fit by eq. 3, rows by algorithm 1: the fastest by the equations
@@ -66,6 +73,15 @@ class Case:
             reduce = 2 * (size - 1) * trained / (size * min(rate[name] for name in stage.devices))
             steps.append(Step(forward, backward, reduce))
         return latency(steps, self.count)
+
+    def fits(self, chosen: Stages) -> bool:
+        """Whether all devices have memory for their stage, by eq. 3, and for what it keeps in flight."""
+        return all(
+            stage_bytes(self.costs, "sgd", *stage.units, last - first, min(kept, self.count))
+            <= self.cluster.device(name).memory_bytes
+            for stage, kept in zip(chosen[0], chosen[1](self.count), strict=True)
+            for name, (first, last) in zip(stage.devices, stage.rows(ROWS), strict=True)
+        )
 
     def simulated(self, chosen: Stages, duplex: str) -> float:
         """Seconds of one round."""
@@ -117,11 +133,38 @@ def chosen_by(find: Callable[[Groups], Layout | None]) -> Contestant:
     return contestant
 
 
-PLANNERS: dict[str, Contestant] = {
+def dapple_by(find: Callable[[dapple.Profile, int], list[Group]]) -> Contestant:
+    """One of DAPPLE's planners."""
+
+    def contestant(case: Case) -> Stages:
+        profile = dapple.Profile.of(case.groups.tables, ROWS, case.count)
+        stages = grouped_stages(case.costs, case.cluster, find(profile, len(case.cluster.devices)))
+        kept = dapple.in_flight(case.workload, case.costs, case.cluster, stages, ROWS, dapple.PB)
+        return stages, lambda _: kept
+
+    return contestant
+
+
+def by_pipedream(case: Case) -> Stages:
+    """PipeDream's planner."""
+    stages = pipedream.stages(case.workload, case.costs, case.cluster, ROWS)
+    kept = pipedream.in_flight(stages)
+    return stages, lambda _: kept
+
+
+#: Asteroid's, each no worse than the one before by the equations.
+ASTEROID: dict[str, Contestant] = {
     "paper": chosen_by(lambda groups: Planner(groups).best()),
     "exact": chosen_by(lambda groups: Planner(groups, exact=True).best()),
     "search": chosen_by(searched),
 }
+#: Those of baselines, which take devices to be equal.
+BASELINES: dict[str, Contestant] = {
+    "DAPPLE": dapple_by(dapple.released),
+    "DAPPLE, pivot": dapple_by(dapple.pivoted),
+    "PipeDream": by_pipedream,
+}
+PLANNERS = ASTEROID | BASELINES
 
 
 def toy(seed: int, most_layers: int = 6, most_devices: int = 4) -> Case:
@@ -174,6 +217,7 @@ def regrets(
     found: dict[tuple[str, str], list[float]] = {}
     for case in cases:
         chosen = {name: planner(case) for name, planner in planners.items()}
+        chosen = {name: found if found and case.fits(found) else None for name, found in chosen.items()}
         for judge in judges:
             duplex = JUDGES[judge]
             best = case.by_equations(case.every[0]) if duplex is None else case.best_simulated(duplex)
