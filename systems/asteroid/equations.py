@@ -74,6 +74,9 @@ class Tail:
     pipe: np.ndarray
     reduce: np.ndarray
 
+    def __getitem__(self, chosen: np.ndarray) -> Tail:
+        return Tail(self.pipe[chosen], self.reduce[chosen])
+
     @property
     def latency(self) -> np.ndarray:
         return self.pipe + self.reduce

@@ -18,6 +18,8 @@ from systems.asteroid.shares import Shares, shared
 
 #: Layers that take less time are taken to take this: they may have nothing to compute.
 NO_TIME_S = 1e-12
+#: By how much bounds may be off because sums are rounded.
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,11 @@ class Stages:
 
 @dataclass(frozen=True)
 class _Known:
-    """All stages of a group with at most so many micro-batches in flight: seconds, how many each of them keeps, and
-    with what rows in memory its devices would share in the same way (`Shares.given`)."""
+    """All stages of a group, but those that miss a limit, with at most so many micro-batches in flight: seconds, how
+    many each of them keeps, -1 of those that are missing, and with what rows in memory its devices would share in the
+    same way (`Shares.given`)."""
 
+    limit: float
     most: int
     forward: np.ndarray
     backward: np.ndarray
@@ -74,6 +78,8 @@ class Groups:
         self.sent, self.returned = np.array([*sent, 0.0]), np.array([*returned, 0.0])
 
         self._first, self._last = np.triu_indices(tables.num_layers + 1, 1)
+        self._case = np.full((tables.num_layers + 1, tables.num_layers + 1), -1)
+        self._case[self._first, self._last] = np.arange(self._first.size)
         self._memory = [part[self._first, self._last] for part in tables.memory]
         kinds = list(dict.fromkeys(tables.kinds))
         self._kind = np.array([kinds.index(kind) for kind in tables.kinds])
@@ -85,8 +91,23 @@ class Groups:
         self._capacity = 1 / np.maximum(sum(whole), NO_TIME_S)  # eq. 9
         if not by_speed:
             self._capacity = np.ones_like(self._capacity)
+        self._bounds()
         self._known: dict[tuple[int, ...], _Known] = {}
         self._made: dict[tuple[int, ...], list[Stages]] = {}
+        self._shorts: dict[tuple[float, int], np.ndarray] = {}
+
+    def _bounds(self) -> None:
+        """The most rows per second of each kind of device, on every stage and on the whole model; and, of the layers
+        outside of each stage, the part of the whole model's work that no kind has less of."""
+        rows = np.arange(1, self.rows + 1)[:, None]
+        both = (self._forward + self._backward)[:, 1:]
+        least = np.maximum((np.diff(both) / rows).min(axis=1), 0.0)  # seconds per row of each layer, [kinds, layers]
+        whole = np.maximum(least.sum(axis=1), NO_TIME_S)
+        before = np.concatenate(([0.0], np.cumsum((least / whole[:, None]).min(axis=0))))
+        stage = [((of[:, self._last] - of[:, self._first]) / rows).min(axis=0) for of in both]
+        self._most_per_second = 1 / np.maximum(stage, NO_TIME_S)
+        self._whole = 1 / whole
+        self._outside = before[-1] - (before[self._last] - before[self._first])
 
     def sorted(self, devices: Iterable[int]) -> tuple[int, ...]:
         """The devices in the order that they have in a group."""
@@ -99,7 +120,7 @@ class Groups:
     def stage(self, layers: tuple[int, int], devices: Sequence[int], behind: int) -> Placed | None:
         """The stage on these devices, with so many stages behind it; None: it does not fit."""
         group = self.sorted(devices)
-        case = np.flatnonzero((self._first == layers[0]) & (self._last == layers[1]))
+        case = self._case[layers][None]
         kept = self._fitting(group, case, min(in_flight(behind), self.count))
         if not kept[0]:
             return None
@@ -108,11 +129,14 @@ class Groups:
         step = Step(forward, backward, float(self.all_reduce(group)[layers]))
         return Placed(layers, group, tuple(map(int, rows[:, 0])), int(kept[0]), step)
 
-    def stages(self, devices: Sequence[int], behind: int) -> Stages:
-        """All stages on these devices, with so many stages behind: the same object where nothing changes with that."""
+    def stages(self, devices: Sequence[int], behind: int, limit: float = np.inf) -> Stages:
+        """All stages on these devices, with so many stages behind: the same object where nothing changes with that.
+
+        Those with which no round can be as fast as the limit, in seconds, may be missing.
+        """
         group = tuple(self.alike[device] for device in self.sorted(devices))
-        if group not in self._known:
-            self._known[group], self._made[group] = self._roomy(group), []
+        if group not in self._known or self._known[group].limit < limit:
+            self._known[group], self._made[group] = self._roomy(group, limit), []
         made = self._made[group]
         while len(made) <= behind:
             known = self._crowded(group, self._known[group], min(in_flight(len(made)), self.count))
@@ -121,23 +145,26 @@ class Groups:
             self._known[group] = known
         return made[behind]
 
-    def _roomy(self, group: tuple[int, ...]) -> _Known:
+    def _roomy(self, group: tuple[int, ...], limit: float) -> _Known:
         """With memory for everything."""
-        cases = np.arange(self._first.size)
+        cases = self._hopeful(group, limit)
         shares = self._shared(group, cases, np.full((len(group), cases.size), self.rows))
-        kept, given = np.zeros(cases.size, np.int16), shares.given.astype(np.int32)
-        return _Known(0, *self._slowest(group, cases, shares.rows), kept, given)
+        forward, backward = np.full((2, self._first.size), np.inf)
+        forward[cases], backward[cases] = self._slowest(group, cases, shares.rows)
+        kept, given = np.full(self._first.size, -1, np.int16), np.zeros((len(group), self._first.size), np.int32)
+        kept[cases], given[:, cases] = 0, shares.given
+        return _Known(limit, 0, forward, backward, kept, given)
 
     def _crowded(self, group: tuple[int, ...], known: _Known, most: int) -> _Known:
         """With more micro-batches in flight than is known: what changes are stages for which memory gets short."""
         if most == known.most:
             return known
-        least = min(group, key=self.tables.budgets.__getitem__)
-        changing = np.flatnonzero(known.kept == known.most)
-        short = changing[self._most_rows((least,), changing, most)[0] < self.rows]
-        kept = known.kept.copy()
-        kept[changing] = most
-        kept[short] = self._fitting(group, short, most)
+        changing = known.kept == known.most
+        short = np.flatnonzero(changing & self._short(group, most))
+        kept = np.where(changing, np.int16(most), known.kept)
+        if not short.size:
+            return replace(known, most=most, kept=kept)
+        kept[short] = self._fitting(group, short, most, known.most)
         more = short[kept[short] > known.most]
         room = self._most_rows(group, more, kept[more])
         other = ~((room >= known.given[:, more]) & (room > 0)).all(axis=0)
@@ -150,7 +177,11 @@ class Groups:
         forward[none] = backward[none] = np.inf
         forward[more], backward[more] = self._slowest(group, more, shares.rows)
         given[:, more] = shares.given
-        return _Known(most, forward, backward, kept, given)
+        return _Known(known.limit, most, forward, backward, kept, given)
+
+    def case(self, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """The numbers of stages of layers [first, last) in `Stages`."""
+        return self._case[first, last]
 
     def table(self, values: np.ndarray) -> np.ndarray:
         """Values of stages as [first layer, last layer + 1]: infinite where no layer is between."""
@@ -187,13 +218,34 @@ class Groups:
         rows = np.where(per_row > 0, np.minimum(self.rows, room / each), self.rows)
         return np.where(room < 0, -1, rows).astype(np.int64)
 
-    def _fitting(self, group: tuple[int, ...], cases: np.ndarray, most: int) -> np.ndarray:
-        """The most micro-batches in flight, up to `most`, that the group has memory for; 0: it has for none.
+    def _short(self, group: tuple[int, ...], most: int) -> np.ndarray:
+        """Of which stages a device has no memory for all rows, with so many micro-batches in flight."""
+        least = min(group, key=self.tables.budgets.__getitem__)
+        at = self.tables.budgets[least], most
+        if at not in self._shorts:
+            self._shorts[at] = self._most_rows((least,), np.arange(self._first.size), most)[0] < self.rows
+        return self._shorts[at]
+
+    def _hopeful(self, group: tuple[int, ...], limit: float) -> np.ndarray:
+        """The stages on a group with which a round may take no longer than the limit: neither that of the stage, nor
+        that of all other layers on all other devices. No device is faster with a row than with the best number of them.
+        """
+        if np.isinf(limit):
+            return np.arange(self._first.size)
+        kinds = self._kind[list(group)]
+        others = np.bincount(self._kind, minlength=len(self._whole)) - np.bincount(kinds, minlength=len(self._whole))
+        per_row = limit * (1 + ROUNDING) / (self.count * self.rows)
+        within = 1 <= per_row * self._most_per_second[kinds].sum(axis=0)
+        return np.flatnonzero(within & (self._outside <= per_row * (others @ self._whole)))
+
+    def _fitting(self, group: tuple[int, ...], cases: np.ndarray, most: int, least: int = 0) -> np.ndarray:
+        """The most micro-batches in flight, up to `most`, that the group has memory for; 0: it has for none. There is
+        memory for `least`.
 
         The fewer, the less memory is needed: so they are found bit by bit.
         """
-        kept = np.zeros(cases.size, dtype=np.int64)
-        for bit in reversed(range(most.bit_length())):
+        kept = np.full(cases.size, least)
+        for bit in reversed(range((most - least).bit_length())):
             tried = kept + (1 << bit)
             rows = self._most_rows(group, cases, tried)
             fits = (tried <= most) & (rows.min(axis=0) >= 0) & (rows.sum(axis=0) >= self.rows)

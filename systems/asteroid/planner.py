@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from systems.asteroid import exact, heuristic
 from systems.asteroid.families import Family, ends, everything, windows
-from systems.asteroid.groups import Groups, Placed, by_memory
+from systems.asteroid.groups import ROUNDING, Groups, Placed, by_memory
 
 #: How many pairs of sets of devices a search looks at to find the best of all orders: those of 8 devices that differ.
 MOST_PAIRS = 3**8
@@ -55,21 +55,29 @@ class Planner:
 def searched(groups: Groups, idle: bool = False, most_pairs: int = MOST_PAIRS) -> Layout | None:
     """The fastest layout in any order of the devices. Where that is too many: in orders near to that by memory, speed
     or links. Round by round devices are taken from among the next few in the order of the fastest layout so far."""
-    best = min(
-        filter(None, (Planner(groups, order, exact=True, idle=idle).best() for order in _starts(groups))),
-        key=lambda layout: layout.latency,
-        default=None,
-    )
-    first = by_memory(groups.tables)
+    first, *others = _starts(groups)
+    best = Planner(groups, first, exact=True, idle=idle).best()
+    for order in others:
+        best = _faster(groups, ends(order), best, idle) or best
     every = everything(first, groups.alike, most_pairs)
-    for _ in range(MOST_ROUNDS if every is None else 1):
-        limit = float("inf") if best is None else best.latency
-        family = every or _near(_order(best, first), groups.alike, MOST_NEAR // groups.tables.num_layers)
-        stages = exact.fastest(groups, family, limit, idle=idle)
-        if stages is None or groups.latency(stages) >= limit * (1 - exact.ROUNDING):
+    if every is not None:
+        return _faster(groups, every, best, idle) or best
+    for _ in range(MOST_ROUNDS):
+        near = _near(_order(best, first), groups.alike, MOST_NEAR // groups.tables.num_layers)
+        found = _faster(groups, near, best, idle)
+        if found is None:
             break
-        best = Layout(tuple(stages), groups.latency(stages))
+        best = found
     return best
+
+
+def _faster(groups: Groups, family: Family, best: Layout | None, idle: bool) -> Layout | None:
+    """The fastest layout of the family, if it is faster than the best one so far."""
+    limit = float("inf") if best is None else best.latency
+    stages = exact.fastest(groups, family, limit, idle=idle)
+    if stages is None or groups.latency(stages) >= limit * (1 - ROUNDING):
+        return None
+    return Layout(tuple(stages), groups.latency(stages))
 
 
 def _starts(groups: Groups) -> Iterable[tuple[int, ...]]:

@@ -195,7 +195,10 @@ def test_families_of_sets() -> None:
     assert everything(order, different, 3**5 - 1) is None
     assert windows(order, different, 1) == ends(order) and windows(order, different, 5) == every_set
     assert len(windows(order, different, 2).sets) == 1 + 2 * 5 - 1
-    assert [ends(order).group(n, n - 1) for n in range(1, 6)] == [(4,), (2,), (0,), (1,), (3,)]
+    one = ends(order)
+    behind_three = one.pairs.group[one.pairs.begin[3] : one.pairs.begin[4]]
+    assert [one.groups[group] for group in behind_three] == [(0, 2, 4), (0, 2), (0,)]
+    assert one.by_size == [1, 2, 3, 4, 5, 6] and every_set.by_size == [1, 6, 16, 26, 31, 32]
     alike = everything(order, [0] * 5, 3**5)
     assert alike is not None and alike == windows(order, [0] * 5, 5) == ends(order)
 
