@@ -1,7 +1,8 @@
 """The fastest stages there are by equations 4 to 6, of all that a family of sets of devices allows.
 
 Of every set and first layer all tails are kept that can be best for what comes in front: no other one has both a
-shorter pipe and less to reduce, among those with as slow a link and with as many stages, where that makes a difference.
+shorter pipe and less to reduce, among those with as slow a link and with as many stages, where that makes a difference;
+and a shorter trip, where round trips count.
 What is in front takes some time, whatever it is: tails that with it are slower than what is known are dropped. Sets of
 as many devices are looked at together.
 """
@@ -21,16 +22,23 @@ from systems.asteroid.groups import ROUNDING, Groups, Placed, Stages
 
 #: How many tails are looked at together.
 AT_ONCE = 2**19
+#: With how many others a tail is compared, at most, where round trips count.
+COMPARED = 16
 
 
 def fastest(
-    groups: Groups, family: Family, limit: float, num_stages: int | None = None, idle: bool = False
+    groups: Groups,
+    family: Family,
+    limit: float,
+    num_stages: int | None = None,
+    idle: bool = False,
+    trips: bool = False,
 ) -> list[Placed] | None:
     """The stages of least latency, in so many or in any number; None where none are as fast as `limit`, in seconds.
 
-    With `idle` devices may be left away.
+    With `idle` devices may be left away. With `trips` latency is bounded by round trips.
     """
-    search = _Search(groups, family, limit * (1 + ROUNDING), num_stages, idle)
+    search = _Search(groups, family, limit * (1 + ROUNDING), num_stages, idle, trips)
     for begin, end in pairwise(family.by_size):
         search.extend(begin, end)
     return search.best()
@@ -38,8 +46,8 @@ def fastest(
 
 @dataclass(frozen=True)
 class _Tails:
-    """Tails on sets of devices: first layer, number of stages, slowest link of the group in front, pipe and reduce; and
-    how they began: with a stage on `group`, by number, in front of the tail that is number `of` of all.
+    """Tails on sets of devices: first layer, number of stages, slowest link of the group in front, pipe, reduce and
+    trip; and how they began: with a stage on `group`, by number, in front of the tail that is number `of` of all.
     """
 
     members: np.ndarray
@@ -48,6 +56,7 @@ class _Tails:
     rate: np.ndarray
     pipe: np.ndarray
     reduce: np.ndarray
+    trip: np.ndarray
     group: np.ndarray
     of: np.ndarray
 
@@ -56,7 +65,7 @@ class _Tails:
 
     @property
     def tail(self) -> Tail:
-        return Tail(self.pipe, self.reduce)
+        return Tail(self.pipe, self.reduce, self.trip)
 
     @staticmethod
     def together(parts: Sequence[_Tails]) -> _Tails:
@@ -64,12 +73,16 @@ class _Tails:
 
 
 class _Search:
-    def __init__(self, groups: Groups, family: Family, limit: float, num_stages: int | None, idle: bool) -> None:
+    def __init__(
+        self, groups: Groups, family: Family, limit: float, num_stages: int | None, idle: bool, trips: bool
+    ) -> None:
         self.groups, self.family, self.num_stages, self.idle = groups, family, num_stages, idle
         self.limit = min(limit, float_info.max)
         self.layers = groups.tables.num_layers
         self.most = min(self.layers, len(family.order)) if num_stages is None else num_stages
         self.made = self._made(limit)
+        #: Whether there are stages for which round trips count.
+        self.trips = trips and any((of.num_trips > 1).any() for made in self.made for of in made)
         self.levels = self._levels()
         self.rates = np.array([groups.rate(group) for group in family.groups])
         self.sizes = np.array([len(group) for group in family.groups])
@@ -79,7 +92,7 @@ class _Search:
         self.stage_begins, self.stage_ends = _finite(both)
         self.front_begins, self.front_ends = _finite(self.least_both)
         none, nothing = np.zeros(1, dtype=np.int64), np.zeros(1)
-        self.tails = _Tails(none, none + self.layers, none, nothing + np.inf, nothing, nothing, none, none)
+        self.tails = _Tails(none, none + self.layers, none, nothing + np.inf, nothing, nothing, nothing, none, none)
         #: Of every set, and of the next one, the number of its first tail.
         self.begin = np.array([0, 1])
 
@@ -100,7 +113,8 @@ class _Search:
         new = np.zeros(self.most + 1, dtype=bool)
         for stages in self.made:
             for behind in range(1, len(stages)):
-                new[behind] |= stages[behind] is not stages[behind - 1]
+                of, fewer = stages[behind], stages[behind - 1]
+                new[behind] |= of is not fewer if self.trips else of.forward is not fewer.forward
         return np.cumsum(new)
 
     def _least(self, seconds: Callable[[Stages], np.ndarray]) -> np.ndarray:
@@ -181,7 +195,7 @@ class _Search:
         worth = tail.pipe + self.with_both[pair, first] <= self.limit
         worth &= tail.latency + self.with_forward[pair, first] <= self.limit
         stages, members = tails.stages[of], self.family.pairs.members[pair]
-        found = _Tails(members, first, stages, rate, tail.pipe, tail.reduce, group, of)[worth]
+        found = _Tails(members, first, stages, rate, tail.pipe, tail.reduce, tail.trip, group, of)[worth]
         return found[np.lexsort((found.stages, found.group))]
 
     def _headed(self, tails: _Tails) -> _Tails:
@@ -192,25 +206,29 @@ class _Search:
         sizes = np.maximum(end - begin, 0)
         which, first = np.repeat(np.arange(sizes.size), sizes), _ranges(begin, sizes)
         group, last, members = tails.group[which], tails.first[which], tails.members[which]
-        forward, backward = self._seconds(group, tails.stages[which], groups.case(first, last))
+        forward, backward, num_trips = self._made_of(group, tails.stages[which], groups.case(first, last))
         size, rate = self.sizes[group], self.rates[group]
         all_reduce = 2 * (size - 1) * groups.tables.weight_bytes[1][first, last] / (size * rate)
         tail = tails.tail[which].behind(forward, backward, all_reduce, groups.count)
+        if self.trips:
+            tail = tail.returning(num_trips)
         worth = np.flatnonzero(self._worth(members, first, tail))
         found, tail = tails[which[worth]], tail[worth]
-        return replace(
-            found, first=first[worth], stages=found.stages + 1, rate=rate[worth], pipe=tail.pipe, reduce=tail.reduce
-        )
+        found = replace(found, first=first[worth], stages=found.stages + 1, rate=rate[worth])
+        return replace(found, pipe=tail.pipe, reduce=tail.reduce, trip=tail.trip)
 
-    def _seconds(self, group: np.ndarray, behind: np.ndarray, case: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """E_f and E_b of stages on groups, by number, with so many behind: in runs of those that are alike in both."""
-        forward, backward = np.empty(group.size), np.empty(group.size)
+    def _made_of(self, group: np.ndarray, behind: np.ndarray, case: np.ndarray) -> np.ndarray:
+        """E_f, E_b and the number of round trips, [3, stages], of stages on groups, by number, with so many behind: in
+        runs of those that are alike in both."""
+        found = np.zeros((3, group.size))
         begins = np.flatnonzero(np.diff(group, prepend=-1) | np.diff(behind, prepend=-1))
         for begin, end in pairwise((*begins.tolist(), group.size)):
-            stages = self.made[group[begin]][behind[begin]]
-            forward[begin:end] = stages.forward.take(case[begin:end])
-            backward[begin:end] = stages.backward.take(case[begin:end])
-        return forward, backward
+            stages, cases = self.made[group[begin]][behind[begin]], case[begin:end]
+            found[0, begin:end] = stages.forward.take(cases)
+            found[1, begin:end] = stages.backward.take(cases)
+            if self.trips:
+                found[2, begin:end] = stages.num_trips.take(cases)
+        return found
 
     def _worth(self, members: np.ndarray, first: np.ndarray, tail: Tail) -> np.ndarray:
         """Whether a tail can be as fast as the limit, with what has to be in front."""
@@ -218,7 +236,8 @@ class _Search:
         return in_time & (tail.latency + self.least_forward[members, first] <= self.limit)
 
     def _best(self, tails: _Tails) -> _Tails:
-        """Those with the least to reduce of all that have no longer pipe, among those that are alike in all else."""
+        """Those with the least to reduce of all that have no longer pipe, among those that are alike in all else; where
+        round trips count, more than those."""
         rates = np.unique(tails.rate, return_inverse=True)[1]
         key = (tails.members * (self.layers + 1) + tails.first) * (self.most + 1) + self.levels[tails.stages]
         key = key * (rates.max(initial=0) + 1) + rates
@@ -226,10 +245,22 @@ class _Search:
         tails, key = tails[order], key[order]
         if not order.size:
             return tails
+        if self.trips:
+            return self._no_worse(tails, key)
         other = np.concatenate(([0], np.cumsum(key[1:] != key[:-1])))
         reduce = np.unique(tails.reduce, return_inverse=True)[1] - order.size * other  # begins anew with every key
         least = np.minimum.accumulate(reduce)
         return tails[np.flatnonzero(np.concatenate(([True], reduce[1:] < least[:-1])))]
+
+    def _no_worse(self, tails: _Tails, key: np.ndarray) -> _Tails:
+        """Those that are not worse in all three than one of a few before them, in the order of key, pipe and reduce."""
+        for back in range(1, COMPARED + 1):
+            better = np.ones(key.size, dtype=bool)
+            better[back:] = key[back:] != key[:-back]
+            better[back:] |= tails.reduce[back:] < tails.reduce[:-back]
+            better[back:] |= tails.trip[back:] < tails.trip[:-back]
+            tails, key = tails[better], key[better]
+        return tails
 
     def best(self) -> list[Placed] | None:
         """The fastest of the whole model on all devices."""

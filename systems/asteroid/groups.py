@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 
 from harness.layer_tables import LayerTables
-from systems.asteroid.equations import Step, in_flight, latency
+from systems.asteroid.equations import Step, in_flight, latency, tail
 from systems.asteroid.shares import Shares, shared
 
 #: Layers that take less time are taken to take this: they may have nothing to compute.
@@ -35,10 +35,12 @@ class Placed:
 
 @dataclass(frozen=True, eq=False)
 class Stages:
-    """E_f and E_b of all stages on one group, as `Groups.table` reads them: infinite where memory is too short."""
+    """E_f and E_b of all stages on one group, as `Groups.table` reads them: infinite where memory is too short. And M /
+    K_p of those that keep fewer than the rule wants, 1 of others, for which that is no bound."""
 
     forward: np.ndarray
     backward: np.ndarray
+    num_trips: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,10 @@ class Groups:
         made = self._made[group]
         while len(made) <= behind:
             known = self._crowded(group, self._known[group], min(in_flight(len(made)), self.count))
-            same = made and made[-1].forward is known.forward
-            made.append(made[-1] if same else Stages(known.forward, known.backward))
+            fewer = (known.kept > 0) & (known.kept < known.most)
+            num_trips = np.divide(self.count, known.kept, out=np.ones(fewer.size), where=fewer)
+            same = made and made[-1].forward is known.forward and (made[-1].num_trips == num_trips).all()
+            made.append(made[-1] if same else Stages(known.forward, known.backward, num_trips))
             self._known[group] = known
         return made[behind]
 
@@ -199,9 +203,12 @@ class Groups:
         rate = self.rate((*before, *after))
         return Step(float(self.sent[cut]) / rate, float(self.returned[cut]) / rate)
 
-    def latency(self, stages: Sequence[Placed]) -> float:
-        """Equations 4 to 6 of these stages and the steps between them."""
-        return latency(list(self.steps(stages)), self.count)
+    def latency(self, stages: Sequence[Placed], trips: bool = False) -> float:
+        """Equations 4 to 6 of these stages and the steps between them; bounded by round trips if asked for (`Tail`)."""
+        steps = list(self.steps(stages))
+        if trips:
+            return float(tail(steps, self.count, [stage.in_flight for stage in stages]).latency)
+        return latency(steps, self.count)
 
     def steps(self, stages: Sequence[Placed]) -> Iterator[Step]:
         """Execution and communication steps in order."""

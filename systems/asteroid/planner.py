@@ -22,7 +22,7 @@ MOST_NEAR, MOST_ROUNDS = 2**17, 8
 
 @dataclass(frozen=True)
 class Layout:
-    """The stages of a plan, and its latency by equations 4 to 6."""
+    """The stages of a plan, and its latency by equations 4 to 6; that of a search bounded by round trips (`Tail`)."""
 
     stages: tuple[Placed, ...]
     latency: float
@@ -53,11 +53,13 @@ class Planner:
 
 
 def searched(groups: Groups, idle: bool = False, most_pairs: int = MOST_PAIRS) -> Layout | None:
-    """The fastest layout in any order of the devices. Where that is too many: in orders near to that by memory, speed
-    or links. Round by round devices are taken from among the next few in the order of the fastest layout so far."""
+    """The fastest layout in any order of the devices, bounded by round trips. Where that is too many: in orders near to
+    that by memory, speed or links. Round by round devices are taken from among the next few in the order of the fastest
+    layout so far."""
     first, *others = _starts(groups)
-    best = Planner(groups, first, exact=True, idle=idle).best()
-    for order in others:
+    start = Planner(groups, first, idle=idle).best()
+    best = None if start is None else Layout(start.stages, groups.latency(start.stages, trips=True))
+    for order in (first, *others):
         best = _faster(groups, ends(order), best, idle) or best
     every = everything(first, groups.alike, most_pairs)
     if every is not None:
@@ -74,10 +76,9 @@ def searched(groups: Groups, idle: bool = False, most_pairs: int = MOST_PAIRS) -
 def _faster(groups: Groups, family: Family, best: Layout | None, idle: bool) -> Layout | None:
     """The fastest layout of the family, if it is faster than the best one so far."""
     limit = float("inf") if best is None else best.latency
-    stages = exact.fastest(groups, family, limit, idle=idle)
-    if stages is None or groups.latency(stages) >= limit * (1 - ROUNDING):
-        return None
-    return Layout(tuple(stages), groups.latency(stages))
+    stages = exact.fastest(groups, family, limit, idle=idle, trips=True)
+    seconds = float("inf") if stages is None else groups.latency(stages, trips=True)
+    return None if stages is None or seconds >= limit * (1 - ROUNDING) else Layout(tuple(stages), seconds)
 
 
 def _starts(groups: Groups) -> Iterable[tuple[int, ...]]:

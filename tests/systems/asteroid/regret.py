@@ -10,7 +10,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -24,15 +24,20 @@ from harness.search import Group, grouped_stages, stage_bytes
 from harness.search import Layout as Stages
 from harness.simulator import simulate
 from harness.workload import Workload
-from systems.asteroid.equations import Step, latency
-from systems.asteroid.groups import Groups
+from systems.asteroid.equations import Step, latency, tail
+from systems.asteroid.groups import Groups, Placed
 from systems.asteroid.layouts import laid_out
 from systems.asteroid.planner import Layout, Planner, searched
 from tests.harness.toys import cluster
-from tests.systems.asteroid.oracle import Plain, every_order, scaled, uneven
+from tests.systems.asteroid.oracle import Plain, every_order, scaled, uneven, with_trips
 
 #: Of a case its rows per micro-batch.
 ROWS = 8
+
+
+EQUATIONS, TRIPS = "equations", "with round trips"
+DUPLEX = {"simulator, half-duplex": "half", "simulator, full-duplex": "full"}
+JUDGES = (EQUATIONS, TRIPS, *DUPLEX)
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,17 @@ class Case:
         return Workload("toy", "toy", num_samples=ROWS * self.count, batch_size=ROWS * self.count)
 
     @cached_property
-    def every(self) -> list[Stages]:
+    def placed(self) -> list[tuple[Placed, ...]]:
         """All cuts, on all groups in all orders that fit by eq. 3, rows by algorithm 1: the fastest by the equations
         first."""
-        found = sorted(every_order(Plain(self.groups)), key=self.groups.latency)
-        return [laid_out(self.groups.tables, stages) for stages in found]
+        return sorted(every_order(Plain(self.groups)), key=self.groups.latency)
 
-    def by_equations(self, chosen: Stages) -> float:
-        """Seconds by equations 4 to 6, whatever rows the devices have."""
+    @cached_property
+    def every(self) -> list[Stages]:
+        return [laid_out(self.groups.tables, stages) for stages in self.placed]
+
+    def by_equations(self, chosen: Stages, trips: bool = False) -> float:
+        """Seconds by equations 4 to 6, whatever rows the devices have; with `trips` bounded by round trips."""
         steps: list[Step] = []
         rate = self.cluster.bandwidth
         for before, stage in itertools.pairwise((None, *chosen[0])):
@@ -72,6 +80,9 @@ class Case:
             size, trained = len(stage.devices), self.costs.weight_bytes(*stage.units)[1]
             reduce = 2 * (size - 1) * trained / (size * min(rate[name] for name in stage.devices))
             steps.append(Step(forward, backward, reduce))
+        if trips:
+            kept = [min(each, self.count) for each in chosen[1](self.count)]
+            return float(tail(steps, self.count, kept).latency)
         return latency(steps, self.count)
 
     def fits(self, chosen: Stages) -> bool:
@@ -107,6 +118,19 @@ class Case:
             self.costs.seconds(self.cluster.device(name), *stage.units, direction, y)
             for name, y in zip(stage.devices, rows, strict=True)
         ]
+
+    def seconds(self, chosen: Stages, judge: str) -> float:
+        """What a judge says."""
+        if judge in DUPLEX:
+            return self.simulated(chosen, DUPLEX[judge])
+        return self.by_equations(chosen, trips=judge == TRIPS)
+
+    def best(self, judge: str) -> float:
+        """Seconds of the plan for which a judge says least."""
+        if judge in DUPLEX:
+            return self.best_simulated(DUPLEX[judge])
+        best = min(self.placed, key=partial(with_trips, self.groups)) if judge == TRIPS else self.placed[0]
+        return self.seconds(laid_out(self.groups.tables, best), judge)
 
     def best_simulated(self, duplex: str) -> float:
         """Of all plans; those that can't be faster are left out."""
@@ -152,7 +176,7 @@ def by_pipedream(case: Case) -> Stages:
     return stages, lambda _: kept
 
 
-#: Asteroid's, each no worse than the one before by the equations.
+#: Asteroid's.
 ASTEROID: dict[str, Contestant] = {
     "paper": chosen_by(lambda groups: Planner(groups).best()),
     "exact": chosen_by(lambda groups: Planner(groups, exact=True).best()),
@@ -201,16 +225,8 @@ def toys(count: int, most_layers: int = 6, most_devices: int = 4) -> list[Case]:
     return list(itertools.islice((case for case in every if case.every), count))
 
 
-EQUATIONS = "equations"
-JUDGES: dict[str, str | None] = {
-    EQUATIONS: None,
-    "simulator, half-duplex": "half",
-    "simulator, full-duplex": "full",
-}
-
-
 def regrets(
-    cases: Sequence[Case], planners: Mapping[str, Contestant] = PLANNERS, judges: Iterable[str] = tuple(JUDGES)
+    cases: Sequence[Case], planners: Mapping[str, Contestant] = PLANNERS, judges: Iterable[str] = JUDGES
 ) -> dict[tuple[str, str], np.ndarray]:
     """By judge and planner: how much longer its plan takes than the best one there is, as a share, of each case;
     infinite where it finds none."""
@@ -219,12 +235,9 @@ def regrets(
         chosen = {name: planner(case) for name, planner in planners.items()}
         chosen = {name: found if found and case.fits(found) else None for name, found in chosen.items()}
         for judge in judges:
-            duplex = JUDGES[judge]
-            best = case.by_equations(case.every[0]) if duplex is None else case.best_simulated(duplex)
+            best = case.best(judge)
             for name, stages in chosen.items():
-                seconds = float("inf")
-                if stages is not None:
-                    seconds = case.by_equations(stages) if duplex is None else case.simulated(stages, duplex)
+                seconds = float("inf") if stages is None else case.seconds(stages, judge)
                 found.setdefault((judge, name), []).append(seconds / best - 1)
     return {key: np.array(shares) for key, shares in found.items()}
 
