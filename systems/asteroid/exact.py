@@ -21,7 +21,7 @@ from systems.asteroid.families import Family
 from systems.asteroid.groups import ROUNDING, Groups, Placed, Stages
 
 #: How many tails are looked at together.
-AT_ONCE = 2**19
+AT_ONCE = 2**16
 #: With how many others a tail is compared, at most, where round trips count.
 COMPARED = 16
 

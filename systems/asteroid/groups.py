@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -96,7 +97,6 @@ class Groups:
         self._bounds()
         self._known: dict[tuple[int, ...], _Known] = {}
         self._made: dict[tuple[int, ...], list[Stages]] = {}
-        self._shorts: dict[tuple[float, int], np.ndarray] = {}
 
     def _bounds(self) -> None:
         """The most rows per second of each kind of device, on every stage and on the whole model; and, of the layers
@@ -217,21 +217,27 @@ class Groups:
             yield self.communication(before.devices, stage.devices, stage.layers[0])
             yield stage.step
 
-    def _most_rows(self, group: tuple[int, ...], cases: np.ndarray, kept: np.ndarray | int) -> np.ndarray:
-        """The most rows that meet eq. 3, [devices, cases]; -1 where not even the weights fit."""
-        stays, fixed, per_row = (part[cases] for part in self._memory)
-        room = np.array([[self.tables.budgets[device]] for device in group]) - stays - kept * fixed
+    @cached_property
+    def _room(self) -> np.ndarray:
+        """The most rows that meet eq. 3, [device, micro-batches in flight - 1, stage]; -1 where weights don't fit."""
+        stays, fixed, per_row = self._memory
+        kept = np.arange(1, min(in_flight(len(self.rates) - 1), self.count) + 1)[:, None]
         each = np.where(per_row > 0, kept * per_row, 1.0)
-        rows = np.where(per_row > 0, np.minimum(self.rows, room / each), self.rows)
-        return np.where(room < 0, -1, rows).astype(np.int64)
+        found = []
+        for budget in self.tables.budgets:
+            room = budget - stays - kept * fixed
+            rows = np.where(per_row > 0, np.minimum(self.rows, room / each), self.rows)
+            found.append(np.where(room < 0, -1, rows).astype(np.int32))
+        return np.stack(found)
+
+    def _most_rows(self, group: tuple[int, ...], cases: np.ndarray, kept: np.ndarray) -> np.ndarray:
+        """The most rows that meet eq. 3, [devices, cases]; -1 where not even the weights fit."""
+        return self._room[np.array(group)[:, None], kept - 1, cases]
 
     def _short(self, group: tuple[int, ...], most: int) -> np.ndarray:
         """Of which stages a device has no memory for all rows, with so many micro-batches in flight."""
         least = min(group, key=self.tables.budgets.__getitem__)
-        at = self.tables.budgets[least], most
-        if at not in self._shorts:
-            self._shorts[at] = self._most_rows((least,), np.arange(self._first.size), most)[0] < self.rows
-        return self._shorts[at]
+        return self._room[least, most - 1] < self.rows
 
     def _hopeful(self, group: tuple[int, ...], limit: float) -> np.ndarray:
         """The stages on a group with which a round may take no longer than the limit: neither that of the stage, nor
@@ -254,7 +260,7 @@ class Groups:
         kept = np.full(cases.size, least)
         for bit in reversed(range((most - least).bit_length())):
             tried = kept + (1 << bit)
-            rows = self._most_rows(group, cases, tried)
+            rows = self._most_rows(group, cases, np.minimum(tried, most))
             fits = (tried <= most) & (rows.min(axis=0) >= 0) & (rows.sum(axis=0) >= self.rows)
             kept = np.where(fits, tried, kept)
         return kept

@@ -150,6 +150,20 @@ def test_stages_of_all_layers_are_those_of_each(seed: int) -> None:
                     assert stage is None or groups.all_reduce(group)[x, y] == stage.step.all_reduce
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_limit_leaves_away_what_is_in_no_plan_within_it(seed: int) -> None:
+    groups, limited = toy(seed), toy(seed)
+    found = list(every_order(Plain(groups), idle=True))
+    limit = float(np.quantile([groups.latency(stages) for stages in found], 0.1)) if found else 1.0
+    for stages in found:
+        if groups.latency(stages) <= limit:
+            for behind, stage in enumerate(reversed(stages)):
+                seconds = limited.table(limited.stages(stage.devices, behind, limit).forward)
+                assert seconds[stage.layers] == stage.step.forward
+    left = [limited.stages((device,), 0, limit) for device in range(4)]
+    assert any((np.isinf(of.forward) & np.isfinite(groups.stages((d,), 0).forward)).any() for d, of in enumerate(left))
+
+
 @pytest.mark.parametrize("seed", range(16))
 def test_planners_of_an_order(seed: int) -> None:
     """The paper's finds what its algorithm finds state by state, the exact one the best of all cuts and groups."""
