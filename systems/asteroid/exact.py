@@ -254,13 +254,13 @@ class _Search:
 
     def _no_worse(self, tails: _Tails, key: np.ndarray) -> _Tails:
         """Those that are not worse in all three than one of a few before them, in the order of key, pipe and reduce."""
+        found, rest = np.arange(key.size), np.stack([key, tails.reduce, tails.trip])
         for back in range(1, COMPARED + 1):
-            better = np.ones(key.size, dtype=bool)
-            better[back:] = key[back:] != key[:-back]
-            better[back:] |= tails.reduce[back:] < tails.reduce[:-back]
-            better[back:] |= tails.trip[back:] < tails.trip[:-back]
-            tails, key = tails[better], key[better]
-        return tails
+            better = np.ones(found.size, dtype=bool)
+            better[back:] = rest[0, back:] != rest[0, :-back]
+            better[back:] |= (rest[1:, back:] < rest[1:, :-back]).any(axis=0)
+            found, rest = found[better], rest[:, better]
+        return tails[found]
 
     def best(self) -> list[Placed] | None:
         """The fastest of the whole model on all devices."""
