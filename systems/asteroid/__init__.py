@@ -24,9 +24,9 @@ LIGHTWEIGHT, HEAVY = RECOVERIES = ("lightweight", "heavy")
 FIRST = "first"
 COLLECTORS = (FULLEST, FIRST)
 #: `planner`: the "paper"'s dynamic program over devices in the order of their memory; the "exact" one, which finds the
-#: best for that order; or a "search" for the order, too. `offload`: stragglers give rows to faster devices (the second
-#: part of algorithm 1). `stages`: their number, instead of the best one. `idle`: devices may be left away; no source
-#: speaks of that, so all are used.
+#: best for that order; or a "search" for the order, too, which minds what few micro-batches in flight cost. `offload`:
+#: stragglers give rows to faster devices (the second part of algorithm 1). `stages`: their number, instead of the best
+#: one. `idle`: devices may be left away; no source speaks of that, so all are used.
 #: What is left of it without a part: `shares` within a group by algorithm 1, or "equal"; `cuts` as planned, or "even",
 #: as many layers and devices for each of so many stages; `warmup`: stage p of P begins with 2 (P - p) - 1
 #: micro-batches, with P - p as in plain "1f1b", or with all as "gpipe" does.
@@ -52,7 +52,8 @@ OPTIONS: dict[str, object] = {
 
 
 def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[str, object]) -> Plan:
-    """The plan of least latency by equations 4 to 6, for the micro-batch size with which it simulates fastest."""
+    """The plan of least latency by equations 4 to 6, for the micro-batch size with which it simulates fastest; that of
+    `planner="search"` bounded by round trips, too."""
     period = _period(options)
     layout = layouts(workload, costs, cluster, options)
     found = plan_pipeline("asteroid", workload, costs, cluster, layout, options)

@@ -10,7 +10,7 @@ passes for one micro-batch; a round has `count` micro-batches.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -69,10 +69,22 @@ class Tail:
         reduce = max_s ( T_a^s - sum_{i<s} E_b^i )
 
     so that steps in front change both without knowing the others. Zero for both is the tail without any step.
+
+    They take it that K_p micro-batches are in flight, as by the rule. A stage that keeps fewer waits until they come
+    back: M / K_p times one after the other a micro-batch goes from it to the last stage, and back. So `pipe` may be
+    bounded from below by these round trips, too, with what `trip` is of the steps from the stage on (derived):
+
+        trip = sum E,    pipe >= M / K_p trip + sum_{i<p} E^i
+
+    By the rule there are as many steps on the way as micro-batches in flight, or all are, and this is no bound.
     """
 
     pipe: np.ndarray
     reduce: np.ndarray
+    trip: np.ndarray
+
+    def __getitem__(self, chosen: np.ndarray) -> Tail:
+        return Tail(self.pipe[chosen], self.reduce[chosen], self.trip[chosen])
 
     @property
     def latency(self) -> np.ndarray:
@@ -84,12 +96,19 @@ class Tail:
         return Tail(
             np.maximum(count * both, self.pipe + both),
             np.maximum(all_reduce, self.reduce - backward),
+            self.trip + both,
         )
 
+    def returning(self, num_trips: Seconds) -> Tail:
+        """Bounded by so many round trips from its first step."""
+        return replace(self, pipe=np.maximum(self.pipe, num_trips * self.trip))
 
-def tail(steps: Sequence[Step], count: int) -> Tail:
-    """All of these steps."""
-    found = Tail(np.zeros(()), np.zeros(()))
-    for step in reversed(steps):
+
+def tail(steps: Sequence[Step], count: int, kept: Sequence[int] = ()) -> Tail:
+    """All of these steps; bounded by round trips where it is said what each stage keeps in flight."""
+    found = Tail(np.zeros(()), np.zeros(()), np.zeros(()))
+    for place, step in reversed(list(enumerate(steps))):
         found = found.behind(step.forward, step.backward, step.all_reduce, count)
+        if kept and place % 2 == 0:
+            found = found.returning(count / kept[place // 2])
     return found

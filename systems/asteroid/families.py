@@ -10,8 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain as joined
 from itertools import product
 from math import prod
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Sets and smaller ones, and the groups that these have more, by number, [pairs]; set i begins at `begin[i]`."""
+
+    members: np.ndarray
+    rest: np.ndarray
+    group: np.ndarray
+    begin: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -32,10 +45,32 @@ class Family:
         """Of a set and a smaller one: a group with what may be behind it."""
         return sum(map(len, self.smaller))
 
-    def group(self, members: int, rest: int) -> tuple[int, ...]:
-        """The devices that a set, by number, has more than another one."""
-        more = self.sets[members] & ~self.sets[rest]
-        return tuple(device for place, device in enumerate(self.order) if more >> place & 1)
+    @cached_property
+    def groups(self) -> list[tuple[int, ...]]:
+        """The devices of every group that there is, by number."""
+        return [
+            tuple(device for place, device in enumerate(self.order) if group >> place & 1) for group in self._numbers
+        ]
+
+    @cached_property
+    def by_size(self) -> list[int]:
+        """The first set of each size from one device on, and how many sets there are."""
+        sizes = [members.bit_count() for members in self.sets]
+        return [*(i for i in range(1, len(sizes)) if sizes[i] > sizes[i - 1]), len(sizes)]
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        numbers, counts = self._numbers, list(map(len, self.smaller))
+        members = np.repeat(np.arange(len(self.sets)), counts)
+        rest = np.array(list(joined.from_iterable(self.smaller)), dtype=np.int64)
+        groups = [numbers[self.sets[i] & ~self.sets[j]] for i, j in zip(members, rest, strict=True)]
+        return Pairs(members, rest, np.array(groups, dtype=np.int64), np.cumsum([0, *counts]))
+
+    @cached_property
+    def _numbers(self) -> dict[int, int]:
+        """Every group, as bits, with its number."""
+        found = dict.fromkeys(self.sets[i] & ~self.sets[j] for i, smaller in enumerate(self.smaller) for j in smaller)
+        return {group: number for number, group in enumerate(found)}
 
 
 def ends(order: Sequence[int]) -> Family:

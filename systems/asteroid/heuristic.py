@@ -57,7 +57,7 @@ class _States:
             if stages is not known:
                 known, forward, backward = stages, groups.table(stages.forward), groups.table(stages.backward)
             rate = np.minimum(slowest, self.rate[p - 1, rest])
-            tail = Tail(self.pipe[p - 1, rest], self.reduce[p - 1, rest])
+            tail = Tail(self.pipe[p - 1, rest], self.reduce[p - 1, rest], np.zeros(()))
             tail = tail.behind(groups.sent / rate, groups.returned / rate, 0.0, groups.count)
             tail = tail.behind(forward, backward, all_reduce, groups.count)
             self._keep(tail, p, n, rest, slowest)

@@ -12,17 +12,19 @@ from dataclasses import dataclass
 
 from systems.asteroid import exact, heuristic
 from systems.asteroid.families import Family, ends, everything, windows
-from systems.asteroid.groups import Groups, Placed, by_memory
+from systems.asteroid.groups import ROUNDING, Groups, Placed, by_memory
 
 #: How many pairs of sets of devices a search looks at to find the best of all orders: those of 8 devices that differ.
 MOST_PAIRS = 3**8
 #: With more, how many of them times layers it looks at in a round, and how many rounds there may be.
 MOST_NEAR, MOST_ROUNDS = 2**17, 8
+#: Before all orders, one in so many pairs is looked at: what is faster is found sooner, and the rest dropped sooner.
+FEW = 16
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The stages of a plan, and its latency by equations 4 to 6."""
+    """The stages of a plan, and its latency by equations 4 to 6; that of a search bounded by round trips (`Tail`)."""
 
     stages: tuple[Placed, ...]
     latency: float
@@ -53,23 +55,35 @@ class Planner:
 
 
 def searched(groups: Groups, idle: bool = False, most_pairs: int = MOST_PAIRS) -> Layout | None:
-    """The fastest layout in any order of the devices. Where that is too many: in orders near to that by memory, speed
-    or links. Round by round devices are taken from among the next few in the order of the fastest layout so far."""
-    best = min(
-        filter(None, (Planner(groups, order, exact=True, idle=idle).best() for order in _starts(groups))),
-        key=lambda layout: layout.latency,
-        default=None,
-    )
-    first = by_memory(groups.tables)
+    """The fastest layout in any order of the devices, bounded by round trips. Where that is too many: in orders near to
+    that by memory, speed or links. Round by round devices are taken from among the next few in the order of the fastest
+    layout so far."""
+    first, *others = _starts(groups)
+    start = Planner(groups, first, idle=idle).best()
+    best = None if start is None else Layout(start.stages, groups.latency(start.stages, trips=True))
+    for order in (first, *others):
+        best = _faster(groups, ends(order), best, idle) or best
     every = everything(first, groups.alike, most_pairs)
-    for _ in range(MOST_ROUNDS if every is None else 1):
-        limit = float("inf") if best is None else best.latency
-        family = every or _near(_order(best, first), groups.alike, MOST_NEAR // groups.tables.num_layers)
-        stages = exact.fastest(groups, family, limit, idle=idle)
-        if stages is None or groups.latency(stages) >= limit * (1 - exact.ROUNDING):
+    if every is not None:
+        few = _near(_order(best, first), groups.alike, every.num_pairs // FEW)
+        return _faster(groups, every, best, idle, _faster(groups, few, best, idle)) or best
+    for _ in range(MOST_ROUNDS):
+        near = _near(_order(best, first), groups.alike, MOST_NEAR // groups.tables.num_layers)
+        found = _faster(groups, near, best, idle)
+        if found is None:
             break
-        best = Layout(tuple(stages), groups.latency(stages))
+        best = found
     return best
+
+
+def _faster(
+    groups: Groups, family: Family, best: Layout | None, idle: bool, other: Layout | None = None
+) -> Layout | None:
+    """The fastest layout of the family, if it is faster than the best one so far; it is as fast as some `other` one."""
+    limit = min((layout.latency for layout in (best, other) if layout is not None), default=float("inf"))
+    stages = exact.fastest(groups, family, limit, idle=idle, trips=True)
+    found = None if stages is None else Layout(tuple(stages), groups.latency(stages, trips=True))
+    return None if found is None or (best and found.latency >= best.latency * (1 - ROUNDING)) else found
 
 
 def _starts(groups: Groups) -> Iterable[tuple[int, ...]]:

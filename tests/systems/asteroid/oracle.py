@@ -119,6 +119,16 @@ class Plain:
         return 2 * (len(devices) - 1) * trained / (len(devices) * self.groups.rate(devices))
 
 
+def with_trips(groups: Groups, stages: Sequence[Placed]) -> float:
+    """Equations 4 to 6, and no less than the round trips of stages that follow one another, term by term."""
+    steps, count = list(groups.steps(stages)), groups.count
+    both = [step.both for step in steps]
+    pipes = [count * each + sum(both[:s]) for s, each in enumerate(both)]
+    for p, stage in enumerate(stages):
+        pipes.append(count / stage.in_flight * sum(both[2 * p :]) + sum(both[: 2 * p]))
+    return max(pipes) + max(step.all_reduce - sum(b.backward for b in steps[:s]) for s, step in enumerate(steps))
+
+
 def algorithm_2(plain: Plain, order: Sequence[int], num_stages: int | None = None) -> tuple[Placed, ...] | None:
     """Q(l, n, p) state by state: of equal tails that with fewer layers, then fewer devices, behind the first stage."""
     groups, layers, devices = plain.groups, plain.tables.num_layers, len(order)

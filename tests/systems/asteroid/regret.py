@@ -1,7 +1,7 @@
 """How far planners are from the best plan there is, by Asteroid's equations and by the simulator.
 
 A planner here is a function from a case to stages and the micro-batches that each keeps in flight, as every method
-hands to `harness.search.plan_pipeline`: any such function can be measured.
+hands to `harness.search.plan_pipeline`: any such function can be measured. A plan that does not fit by eq. 3 is none.
 """
 
 from __future__ import annotations
@@ -10,26 +10,34 @@ import itertools
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
+from baselines import dapple, pipedream
 from harness.cluster import Cluster
 from harness.costs import BACKWARD, FORWARD, Affine, Costs
 from harness.layer_tables import LayerTables
 from harness.plan import Plan
 from harness.schedules import Pipeline, Stage
+from harness.search import Group, grouped_stages, stage_bytes
 from harness.search import Layout as Stages
 from harness.simulator import simulate
-from systems.asteroid.equations import Step, latency
-from systems.asteroid.groups import Groups
+from harness.workload import Workload
+from systems.asteroid.equations import Step, latency, tail
+from systems.asteroid.groups import Groups, Placed
 from systems.asteroid.layouts import laid_out
 from systems.asteroid.planner import Layout, Planner, searched
 from tests.harness.toys import cluster
-from tests.systems.asteroid.oracle import Plain, every_order, scaled, uneven
+from tests.systems.asteroid.oracle import Plain, every_order, scaled, uneven, with_trips
 
 #: Of a case its rows per micro-batch.
 ROWS = 8
+
+
+EQUATIONS, TRIPS = "equations", "with round trips"
+DUPLEX = {"simulator, half-duplex": "half", "simulator, full-duplex": "full"}
+JUDGES = (EQUATIONS, TRIPS, *DUPLEX)
 
 
 @dataclass(frozen=True)
@@ -44,15 +52,22 @@ class Case:
     def groups(self) -> Groups:
         return Groups(LayerTables(self.costs, self.cluster), ROWS, self.count)
 
+    @property
+    def workload(self) -> Workload:
+        return Workload("toy", "toy", num_samples=ROWS * self.count, batch_size=ROWS * self.count)
+
     @cached_property
-    def every(self) -> list[Stages]:
+    def placed(self) -> list[tuple[Placed, ...]]:
         """All cuts, on all groups in all orders that fit by eq. 3, rows by algorithm 1: the fastest by the equations
         first."""
-        found = sorted(every_order(Plain(self.groups)), key=self.groups.latency)
-        return [laid_out(self.groups.tables, stages) for stages in found]
+        return sorted(every_order(Plain(self.groups)), key=self.groups.latency)
 
-    def by_equations(self, chosen: Stages) -> float:
-        """Seconds by equations 4 to 6, whatever rows the devices have."""
+    @cached_property
+    def every(self) -> list[Stages]:
+        return [laid_out(self.groups.tables, stages) for stages in self.placed]
+
+    def by_equations(self, chosen: Stages, trips: bool = False) -> float:
+        """Seconds by equations 4 to 6, whatever rows the devices have; with `trips` bounded by round trips."""
         steps: list[Step] = []
         rate = self.cluster.bandwidth
         for before, stage in itertools.pairwise((None, *chosen[0])):
@@ -65,7 +80,19 @@ class Case:
             size, trained = len(stage.devices), self.costs.weight_bytes(*stage.units)[1]
             reduce = 2 * (size - 1) * trained / (size * min(rate[name] for name in stage.devices))
             steps.append(Step(forward, backward, reduce))
+        if trips:
+            kept = [min(each, self.count) for each in chosen[1](self.count)]
+            return float(tail(steps, self.count, kept).latency)
         return latency(steps, self.count)
+
+    def fits(self, chosen: Stages) -> bool:
+        """Whether all devices have memory for their stage, by eq. 3, and for what it keeps in flight."""
+        return all(
+            stage_bytes(self.costs, "sgd", *stage.units, last - first, min(kept, self.count))
+            <= self.cluster.device(name).memory_bytes
+            for stage, kept in zip(chosen[0], chosen[1](self.count), strict=True)
+            for name, (first, last) in zip(stage.devices, stage.rows(ROWS), strict=True)
+        )
 
     def simulated(self, chosen: Stages, duplex: str) -> float:
         """Seconds of one round."""
@@ -92,6 +119,19 @@ class Case:
             for name, y in zip(stage.devices, rows, strict=True)
         ]
 
+    def seconds(self, chosen: Stages, judge: str) -> float:
+        """What a judge says."""
+        if judge in DUPLEX:
+            return self.simulated(chosen, DUPLEX[judge])
+        return self.by_equations(chosen, trips=judge == TRIPS)
+
+    def best(self, judge: str) -> float:
+        """Seconds of the plan for which a judge says least."""
+        if judge in DUPLEX:
+            return self.best_simulated(DUPLEX[judge])
+        best = min(self.placed, key=partial(with_trips, self.groups)) if judge == TRIPS else self.placed[0]
+        return self.seconds(laid_out(self.groups.tables, best), judge)
+
     def best_simulated(self, duplex: str) -> float:
         """Of all plans; those that can't be faster are left out."""
         best = float("inf")
@@ -117,11 +157,38 @@ def chosen_by(find: Callable[[Groups], Layout | None]) -> Contestant:
     return contestant
 
 
-PLANNERS: dict[str, Contestant] = {
+def dapple_by(find: Callable[[dapple.Profile, int], list[Group]]) -> Contestant:
+    """One of DAPPLE's planners."""
+
+    def contestant(case: Case) -> Stages:
+        profile = dapple.Profile.of(case.groups.tables, ROWS, case.count)
+        stages = grouped_stages(case.costs, case.cluster, find(profile, len(case.cluster.devices)))
+        kept = dapple.in_flight(case.workload, case.costs, case.cluster, stages, ROWS, dapple.PB)
+        return stages, lambda _: kept
+
+    return contestant
+
+
+def by_pipedream(case: Case) -> Stages:
+    """PipeDream's planner."""
+    stages = pipedream.stages(case.workload, case.costs, case.cluster, ROWS)
+    kept = pipedream.in_flight(stages)
+    return stages, lambda _: kept
+
+
+#: Asteroid's.
+ASTEROID: dict[str, Contestant] = {
     "paper": chosen_by(lambda groups: Planner(groups).best()),
     "exact": chosen_by(lambda groups: Planner(groups, exact=True).best()),
     "search": chosen_by(searched),
 }
+#: Those of baselines, which take devices to be equal.
+BASELINES: dict[str, Contestant] = {
+    "DAPPLE": dapple_by(dapple.released),
+    "DAPPLE, pivot": dapple_by(dapple.pivoted),
+    "PipeDream": by_pipedream,
+}
+PLANNERS = ASTEROID | BASELINES
 
 
 def toy(seed: int, most_layers: int = 6, most_devices: int = 4) -> Case:
@@ -158,29 +225,19 @@ def toys(count: int, most_layers: int = 6, most_devices: int = 4) -> list[Case]:
     return list(itertools.islice((case for case in every if case.every), count))
 
 
-EQUATIONS = "equations"
-JUDGES: dict[str, str | None] = {
-    EQUATIONS: None,
-    "simulator, half-duplex": "half",
-    "simulator, full-duplex": "full",
-}
-
-
 def regrets(
-    cases: Sequence[Case], planners: Mapping[str, Contestant] = PLANNERS, judges: Iterable[str] = tuple(JUDGES)
+    cases: Sequence[Case], planners: Mapping[str, Contestant] = PLANNERS, judges: Iterable[str] = JUDGES
 ) -> dict[tuple[str, str], np.ndarray]:
     """By judge and planner: how much longer its plan takes than the best one there is, as a share, of each case;
     infinite where it finds none."""
     found: dict[tuple[str, str], list[float]] = {}
     for case in cases:
         chosen = {name: planner(case) for name, planner in planners.items()}
+        chosen = {name: found if found and case.fits(found) else None for name, found in chosen.items()}
         for judge in judges:
-            duplex = JUDGES[judge]
-            best = case.by_equations(case.every[0]) if duplex is None else case.best_simulated(duplex)
+            best = case.best(judge)
             for name, stages in chosen.items():
-                seconds = float("inf")
-                if stages is not None:
-                    seconds = case.by_equations(stages) if duplex is None else case.simulated(stages, duplex)
+                seconds = float("inf") if stages is None else case.seconds(stages, judge)
                 found.setdefault((judge, name), []).append(seconds / best - 1)
     return {key: np.array(shares) for key, shares in found.items()}
 

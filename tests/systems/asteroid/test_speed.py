@@ -39,7 +39,7 @@ def tables(num_layers: int, num_devices: int, short: bool) -> LayerTables:
 @pytest.mark.parametrize("memory", ["long", "short"])
 @pytest.mark.parametrize("how", HOW)
 def test_50_layers_on_8_devices(benchmark, how, memory):
-    """Aim: under 1 s; the search, which looks at all orders, a few times that."""
+    """Aim: under 1 s; the search, which looks at all orders, up to twice that."""
 
     def work() -> Layout | None:
         return HOW[how](Groups(tables(50, 8, memory == "short"), ROWS, COUNT))
