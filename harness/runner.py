@@ -217,7 +217,7 @@ class _Series:
         except OrreryError:
             raise
         except Broken as error:
-            self.end("failed", str(error), traceback.format_exc())
+            self.end("failed", f"{error}{self._kept()}", traceback.format_exc())
         except Exception as error:
             self.end("failed", f"{type(error).__name__}: {error}", traceback.format_exc())
 
@@ -275,6 +275,13 @@ class _Series:
         if last.losses:
             self._found.update(losses=list(last.losses), loss=last.losses[-1])
         self.end("ok")
+
+    def _kept(self) -> str:
+        """What is left of a run that has failed."""
+        committed = None if self.journal is None else self.journal.committed()
+        if self.journal is None or committed is None:
+            return ""
+        return f" What was trained up to epoch {committed.epochs} is in {self.journal.folder}: run again with --resume."
 
     def forget(self) -> None:
         """The run is in the results: it needs no state any more."""

@@ -33,8 +33,8 @@ COLLECTORS = (FULLEST, FIRST)
 #: `replication_period`: rounds between two snapshots, which a run that goes on without a lost device needs; None: there
 #: are none. `recovery`: "lightweight" as in the paper, or "heavy": all is collected on one device, planned anew by the
 #: planner, and handed out. `collector`: that device is the "fullest", which has the most of it already, or the "first"
-#: that is left, whatever it has. `straggler`: where a device takes so many times as long as planned, or as little, layers
-#: and rows are shared anew at the next snapshot; None: they are left as they are.
+#: that is left, whatever it has. `straggler`: where a device takes so many times as long as planned, or as little, all
+#: is shared anew at the next snapshot; None: it is left as it is.
 OPTIONS: dict[str, object] = {
     "micro_batch_size": None,
     "planner": PAPER,

@@ -6,6 +6,7 @@ rest with the slow tests.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,6 +19,7 @@ from harness.engine import Execution
 from harness.errors import Broken, OrreryError
 from harness.experiment import one
 from harness.faults import CRASH, HANG
+from harness.resume import COMMITTED
 from systems import asteroid
 from testbeds import emulated, library
 from tests.testbeds.faults import ASKED, Bed, check, grid, marked, opened, plan_of
@@ -125,6 +127,17 @@ def test_where_nothing_is_shaped_no_device_can_be_slow(bed: Bed) -> None:
 def test_without_the_only_copy_the_run_ends_and_says_so(bed: Bed) -> None:
     with pytest.raises(Broken, match=r"had the only copy of what units 0 to \d+ have learned.*snapshot was of round 3"):
         bed.run("crash device1 at step 4; crash device0 at step 5")
+
+
+def test_with_resume_it_says_where_the_last_checkpoint_is(tmp_path: Path) -> None:
+    asked = {**ASKED, "testbed": "local-4", "inject": "crash device3 at step 7; crash device0 at step 8"}
+    del asked["steps"]
+    asked |= {"num_samples": 40, "epochs": 3}
+    request = one(asked, {"replication_period": 3, "stages": 4})
+    (outcome,) = runner.sweep([request], tmp_path, resume=True)
+    assert outcome.record.status == "failed" and outcome.record.reason is not None
+    found = re.search(r"had the only copy.* up to epoch 1 is in (\S+): run again with --resume", outcome.record.reason)
+    assert found is not None and (Path(found[1]) / COMMITTED).exists()
 
 
 def test_a_fault_that_never_strikes_is_no_success(bed: Bed) -> None:
