@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, pairwise
 
@@ -14,7 +16,7 @@ from harness.errors import OrreryError, OutOfMemory, Unsupported, unknown_name
 from harness.plan import Phase, Plan
 from harness.plan.values import Range
 from harness.schedules import Pipeline, Stage, micro_batches
-from harness.simulator import estimate
+from harness.simulator import PICOSECONDS, demands, estimate
 from harness.trace import Trace
 from harness.workload import OPTIMIZER_STATE_COPIES, Workload
 
@@ -236,6 +238,14 @@ def micro_batch_sizes(batch_size: int, asked: object = None) -> list[int]:
     return sorted(sizes, reverse=True)
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A plan that is made where it may be the fastest: the whole run takes at least `least_s` seconds."""
+
+    least_s: float
+    made: Callable[[], Plan]
+
+
 def plan_pipeline(
     method: str,
     workload: Workload,
@@ -253,13 +263,17 @@ def plan_pipeline(
     """
     sizes = micro_batch_sizes(workload.batch_size, options.get("micro_batch_size"))
 
-    def candidate(size: int) -> Plan:
-        return _plan(method, workload, costs, size, *layout(size), store)
+    def candidate(size: int) -> Draft:
+        stages, warmup = layout(size)
+        clip = workload.clip_norm is not None
+        pipeline = Pipeline(costs, tuple(stages), workload.optimizer, clip=clip, store=store)
+        made = partial(_plan, method, workload, pipeline, size, warmup)
+        return Draft(_least_seconds(pipeline, workload, size, warmup, cluster), made)
 
     return fastest([partial(candidate, size) for size in sizes], costs, cluster)
 
 
-def fastest(candidates: Sequence[Callable[[], Plan]], costs: Costs, cluster: Cluster) -> Plan:
+def fastest(candidates: Sequence[Callable[[], Plan | Draft]], costs: Costs, cluster: Cluster) -> Plan:
     """The plan that simulates fastest of those that fit, the first of equals.
 
     Raises OutOfMemory when none fits, for the one that misses least; Unsupported when no candidate can be made.
@@ -270,6 +284,10 @@ def fastest(candidates: Sequence[Callable[[], Plan]], costs: Costs, cluster: Clu
     for candidate in candidates:
         try:
             plan = candidate()
+            if isinstance(plan, Draft):
+                if best is not None and plan.least_s >= best[0]:
+                    continue
+                plan = plan.made()
         except OutOfMemory as miss:
             misses.append(miss)
             continue
@@ -308,32 +326,53 @@ def weighted_seconds(plan: Plan, trace: Trace) -> float:
     return sum(seconds[id(phase)] * phase.repeat for phase in plan.phases)
 
 
+def _least_seconds(
+    pipeline: Pipeline, workload: Workload, size: int, warmup: Callable[[int], Sequence[int]], cluster: Cluster
+) -> float:
+    """What `weighted_seconds` of the plan can't be less than, told from iterations of a single micro-batch.
+
+    A device does its passes one after the other. In training they may begin when the last pass of the iteration before
+    has ended: that is one of the first stage, to which the gradients of all others flow, and whose devices wait for
+    each other's. What else that iteration does until its end, and this one thus may do before it is counted, is the
+    update, and something of it is always under way: it takes no longer than all of it one after the other. Where that
+    is not so, because a gradient stops on its way or results are stored, nothing is said.
+    """
+    costs = pipeline.costs
+    flows = all(any(costs.tensors[name].needs_grad for name in costs.carried(s.units[0])) for s in pipeline.stages[1:])
+    if costs.training and (pipeline.store or not flows):
+        return 0.0
+    runs = [(Counter(micro_batches(batch_size, size)), repeat) for batch_size, repeat in workload.batches()]
+    counts = sorted({count for batches, _ in runs for count in batches})
+    single = tuple(pipeline.phase((count,), warmup(1)) for count in counts)
+    asked = dict(zip(counts, demands(_whole("", pipeline, single), costs, cluster), strict=True))
+    rest = max(demand.rest for demand in asked.values())
+    least = 0.0
+    for batches, repeat in runs:
+        passes = (
+            sum(asked[count].passes[device] * times for count, times in batches.items()) for device in pipeline.devices
+        )
+        least += max(0, max(passes) - rest) / PICOSECONDS * repeat
+    return least
+
+
 def _plan(
-    method: str,
-    workload: Workload,
-    costs: Costs,
-    size: int,
-    stages: Sequence[Stage],
-    warmup: Callable[[int], Sequence[int]],
-    store: bool,
+    method: str, workload: Workload, pipeline: Pipeline, size: int, warmup: Callable[[int], Sequence[int]]
 ) -> Plan:
-    pipeline = Pipeline(costs, tuple(stages), workload.optimizer, clip=workload.clip_norm is not None, store=store)
     built: dict[tuple[int, int], Phase] = {}
     phases: list[Phase] = []
-    kind = "train" if costs.training else "infer"
+    kind = "train" if pipeline.costs.training else "infer"
     for batch_size, repeat in workload.batches():
         if (batch_size, repeat) not in built:
             batches = micro_batches(batch_size, size)
             name = kind if batch_size == workload.batch_size else f"{kind} last batch"
             built[batch_size, repeat] = pipeline.phase(batches, warmup(len(batches)), name, repeat)
         phases.append(built[batch_size, repeat])
-    return Plan(
-        method=method,
-        num_units=len(costs.units),
-        tensors=pipeline.tensors,
-        phases=tuple(phases),
-        summary=dict(summary(costs, stages, size, phases[0])),
-    )
+    about = summary(pipeline.costs, pipeline.stages, size, phases[0])
+    return replace(_whole(method, pipeline, tuple(phases)), summary=dict(about))
+
+
+def _whole(method: str, pipeline: Pipeline, phases: tuple[Phase, ...]) -> Plan:
+    return Plan(method=method, num_units=len(pipeline.costs.units), tensors=pipeline.tensors, phases=phases)
 
 
 def summary(costs: Costs, stages: Sequence[Stage], size: int, phase: Phase) -> Iterator[tuple[str, object]]:

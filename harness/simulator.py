@@ -9,8 +9,9 @@ iteration by iteration.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -164,6 +165,29 @@ def estimate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
     distinct = {id(phase): phase for phase in plan.phases}
     short = tuple(replace(phase, repeat=min(phase.repeat, 2)) for phase in distinct.values())
     return simulate(replace(plan, phases=short), costs, cluster)
+
+
+class Demand(NamedTuple):
+    """Of an iteration the passes of each device, and all else together, as if it were done one after the other, with
+    the time that transfers are on their way. Picoseconds."""
+
+    passes: Mapping[str, int]
+    rest: int
+
+
+def demands(plan: Plan, costs: Costs, cluster: Cluster) -> list[Demand]:
+    """What an iteration of each phase demands, whatever waits for what. Raises as `simulate`."""
+    found = []
+    for phase in plan.phases:
+        timed = _time(phase, plan, costs, cluster)
+        passes, rest = dict.fromkeys(plan.devices, 0), 0
+        for node, action in enumerate(timed.graph.actions):
+            if isinstance(action, Compute):
+                passes[timed.graph.devices[timed.graph.device[node]]] += timed.duration[node]
+            else:
+                rest += timed.duration[node] + timed.latency[node]
+        found.append(Demand(passes, rest))
+    return found
 
 
 def own_seconds(plan: Plan, costs: Costs, cluster: Cluster) -> list[dict[str, dict[int, float]]]:
