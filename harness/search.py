@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -246,6 +247,13 @@ class Draft:
     made: Callable[[], Plan]
 
 
+class Estimated(NamedTuple):
+    """What the whole run takes, and the plan that does it."""
+
+    seconds: float
+    plan: Plan
+
+
 def plan_pipeline(
     method: str,
     workload: Workload,
@@ -273,40 +281,63 @@ def plan_pipeline(
     return fastest([partial(candidate, size) for size in sizes], costs, cluster)
 
 
-def fastest(candidates: Sequence[Callable[[], Plan | Draft]], costs: Costs, cluster: Cluster) -> Plan:
+def fastest(candidates: Sequence[Callable[[], Plan | Draft | Estimated]], costs: Costs, cluster: Cluster) -> Plan:
     """The plan that simulates fastest of those that fit, the first of equals.
 
     Raises OutOfMemory when none fits, for the one that misses least; Unsupported when no candidate can be made.
     """
-    best: tuple[float, Plan] | None = None
+    best: Estimated | None = None
     misses: list[OutOfMemory] = []
     reasons: list[Unsupported] = []
     for candidate in candidates:
         try:
-            plan = candidate()
-            if isinstance(plan, Draft):
-                if best is not None and plan.least_s >= best[0]:
+            found = candidate()
+            if isinstance(found, Draft):
+                if best is not None and found.least_s >= best.seconds:
                     continue
-                plan = plan.made()
+                found = found.made()
+            if isinstance(found, Plan):
+                found = estimated(found, costs, cluster)
         except OutOfMemory as miss:
             misses.append(miss)
-            continue
         except Unsupported as reason:
             reasons.append(reason)
-            continue
-        trace = estimate(plan, costs, cluster)
-        excess = overflow(trace, cluster)
-        if excess is not None:
-            misses.append(excess)
-            continue
-        seconds = weighted_seconds(plan, trace)
-        if best is None or seconds < best[0]:
-            best = seconds, plan
+        else:
+            if best is None or found.seconds < best.seconds:
+                best = found
     if best is not None:
-        return best[1]
+        return best.plan
     if misses:
-        raise min(misses, key=lambda miss: miss.needed_bytes - miss.available_bytes)
+        raise _least(misses)
     raise reasons[0]
+
+
+def first_fitting(candidates: Iterable[Callable[[], Plan]], costs: Costs, cluster: Cluster) -> Estimated:
+    """The first plan that fits. Raises OutOfMemory when none does, for the one that misses least."""
+    misses: list[OutOfMemory] = []
+    for candidate in candidates:
+        try:
+            return estimated(candidate(), costs, cluster)
+        except OutOfMemory as miss:
+            misses.append(miss)
+    raise _least(misses)
+
+
+def estimated(plan: Plan, costs: Costs, cluster: Cluster) -> Estimated:
+    """The plan and its time. Raises OutOfMemory where it does not fit."""
+    trace = estimate(plan, costs, cluster)
+    excess = overflow(trace, cluster)
+    if excess is not None:
+        raise excess
+    return Estimated(weighted_seconds(plan, trace), plan)
+
+
+def _least(misses: Sequence[OutOfMemory]) -> OutOfMemory:
+    return min(misses, key=_missing)
+
+
+def _missing(miss: OutOfMemory) -> int:
+    return miss.needed_bytes - miss.available_bytes
 
 
 def overflow(trace: Trace, cluster: Cluster) -> OutOfMemory | None:
@@ -316,7 +347,7 @@ def overflow(trace: Trace, cluster: Cluster) -> OutOfMemory | None:
         for name, peak in trace.peak_bytes.items()
         if peak > cluster.device(name).memory_bytes
     ]
-    return max(misses, key=lambda miss: miss.needed_bytes - miss.available_bytes, default=None)
+    return max(misses, key=_missing, default=None)
 
 
 def weighted_seconds(plan: Plan, trace: Trace) -> float:

@@ -21,7 +21,7 @@ from harness.errors import OrreryError
 from harness.garbage import no_collection
 from harness.ledger import Ledger
 from harness.plan.actions import COMPUTE, NIC_IN, QUEUE_OF, QUEUES, STORAGE, Combine, Compute, Load, Send, Step, Store
-from harness.plan.flow import link
+from harness.plan.flow import linked
 from harness.plan.graph import Graph, check_order
 from harness.plan.pieces import fraction
 from harness.plan.plan import Phase, Plan
@@ -89,13 +89,14 @@ class _Timed:
         return sorted(set(self.medium.values()))
 
 
-def simulate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
-    """Run the plan in virtual time. Raises InvalidPlan, and OrreryError where a device's rate is unknown."""
+def simulate(plan: Plan, costs: Costs, cluster: Cluster, most: int | None = None) -> Trace:
+    """Run the plan in virtual time, of each phase `most` iterations. Raises InvalidPlan, and OrreryError where a
+    device's rate is unknown."""
     with no_collection():
-        return _simulate(plan, costs, cluster)
+        return _simulate(plan, costs, cluster, most)
 
 
-def _simulate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
+def _simulate(plan: Plan, costs: Costs, cluster: Cluster, most: int | None) -> Trace:
     prepared: dict[int, _Timed] = {}
     devices = plan.devices
     state = _State([0] * (len(QUEUES) * len(devices)), [0] * len(devices))
@@ -107,6 +108,7 @@ def _simulate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
     spans: list[tuple[int, int]] = []
     now = 0
     for number, phase in enumerate(plan.phases):
+        repeat = phase.repeat if most is None else min(phase.repeat, most)
         timed = prepared.get(id(phase))
         seen = timed is not None
         if timed is None:
@@ -114,7 +116,7 @@ def _simulate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
         began = now
         state.begun = [state.queue[len(QUEUES) * device + QUEUES.index(COMPUTE)] for device in range(len(devices))]
         lengths: list[float] = []
-        for iteration, before, start, end in _iterations(timed, state):
+        for iteration, before, start, end in _iterations(timed, state, repeat):
             ledger.add(timed.graph, start, end, timed.workspace, before)
             if iteration < EVENTS_KEPT and not seen:
                 kept.append(_Kept(timed, number, iteration, start, end))
@@ -123,18 +125,18 @@ def _simulate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
             now = max(now, ended)
         now = max((now, *(state.queue[q] for q in timed.graph.ends), *state.live.values()))
         for queue, time in enumerate(timed.busy):
-            busy[queue] += time * phase.repeat
+            busy[queue] += time * repeat
         for ends, nbytes in timed.link_bytes.items():
-            link_bytes[ends] = link_bytes.get(ends, 0) + nbytes * phase.repeat
+            link_bytes[ends] = link_bytes.get(ends, 0) + nbytes * repeat
         phases.append(
             PhaseTrace(
                 phase.name,
-                phase.repeat,
+                repeat,
                 began / PICOSECONDS,
                 (now - began) / PICOSECONDS,
-                sum(timed.link_bytes.values()) * phase.repeat,
+                sum(timed.link_bytes.values()) * repeat,
                 tuple(lengths),
-                sum(timed.busy[QUEUES.index(COMPUTE) :: len(QUEUES)]) * phase.repeat / PICOSECONDS,
+                sum(timed.busy[QUEUES.index(COMPUTE) :: len(QUEUES)]) * repeat / PICOSECONDS,
                 decoding=phase.decoding,
             )
         )
@@ -163,8 +165,7 @@ def _simulate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
 def estimate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
     """Two iterations of each distinct phase: enough to compare candidate plans, and what they hold at once."""
     distinct = {id(phase): phase for phase in plan.phases}
-    short = tuple(replace(phase, repeat=min(phase.repeat, 2)) for phase in distinct.values())
-    return simulate(replace(plan, phases=short), costs, cluster)
+    return simulate(replace(plan, phases=tuple(distinct.values())), costs, cluster, most=2)
 
 
 class Demand(NamedTuple):
@@ -206,7 +207,7 @@ def own_seconds(plan: Plan, costs: Costs, cluster: Cluster) -> list[dict[str, di
 
 def _time(phase: Phase, plan: Plan, costs: Costs, cluster: Cluster) -> _Timed:
     """Link the phase and give every node its duration."""
-    graph = link(phase, plan.tensors, plan.devices)
+    graph = linked(phase, plan)
     costs = phase.chain(costs)
     devices = [cluster.device(name) for name in graph.devices]
     links = {
@@ -252,14 +253,14 @@ def _time(phase: Phase, plan: Plan, costs: Costs, cluster: Cluster) -> _Timed:
     return timed
 
 
-def _iterations(timed: _Timed, state: _State) -> Iterator[tuple[int, int, list[int], list[int]]]:
+def _iterations(timed: _Timed, state: _State, repeat: int) -> Iterator[tuple[int, int, list[int], list[int]]]:
     """Simulate iterations until they are periodic, then jump over whole cycles.
 
     Gives of each its number, when all before it had ended, and the starts and ends of its nodes.
     """
     graph, media = timed.graph, timed.media
     history: list[np.ndarray] = []
-    left, number = timed.phase.repeat, 0
+    left, number = repeat, 0
     while left:
         if timed.phase.is_request:
             state.wait_for_all()
