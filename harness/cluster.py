@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 #: Operator classes that have an achieved rate of their own.
 OPERATOR_CLASSES = ("matmul", "conv", "depthwise")
@@ -31,6 +32,12 @@ class Device:
     measured: str | None = None
     share: float = 1.0
     accelerator: str = "cpu"
+
+    @cached_property
+    def kind(self) -> str:
+        """The same for devices that compute alike."""
+        speeds = self.kernel_overhead_s, self.memory_bandwidth, sorted(self.rates.items())
+        return repr((self.profile, self.measured, self.share, speeds))
 
 
 @dataclass(frozen=True)

@@ -395,7 +395,7 @@ class Costs:
         if rows == 0:
             return 0.0
         cache: dict[tuple[object, ...], float] = self.__dict__.setdefault("_seconds_cache", {})
-        key = (device, first, last, direction, rows, fraction)
+        key = (device.kind, first, last, direction, rows, fraction)
         if key not in cache:
             if device.measured is not None:
                 measured = self.measured_seconds(device.measured, first, last, direction, rows, fraction)

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from harness.cluster import Cluster, Device
+from harness.cluster import Cluster
 from harness.costs import BACKWARD, FORWARD, Costs
 from harness.workload import OPTIMIZER_STATE_COPIES
 
@@ -26,12 +26,7 @@ class LayerTables:
         self.copies = 1 + OPTIMIZER_STATE_COPIES[optimizer]
         self.num_layers = len(costs.layers)
         self._seconds: dict[tuple[object, ...], tuple[np.ndarray, np.ndarray]] = {}
-        self.kinds = [self._kind(device) for device in self.devices]
-
-    @staticmethod
-    def _kind(device: Device) -> tuple[object, ...]:
-        """Equal for devices that compute alike."""
-        return device.profile, device.share, device.measured, device.kernel_overhead_s, tuple(device.rates.items())
+        self.kinds = [device.kind for device in self.devices]
 
     @cached_property
     def speeds(self) -> list[float]:

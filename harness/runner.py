@@ -353,7 +353,7 @@ def profile_of(workload: Workload, testbed: Testbed) -> Costs:
     start at two rows, because batch norm can't train on one value per channel.
     """
     accelerators = {device.accelerator for device in testbed.cluster.devices}
-    costs = profile.count(workload, "gpu" if accelerators == {"gpu"} else "cpu")  # a CPU's masks are the larger ones
+    costs = _counted(workload, "gpu" if accelerators == {"gpu"} else "cpu")  # a CPU's masks are the larger ones
     if all(device.measured is None for device in testbed.cluster.devices):
         return costs
     from harness.profile.measure import on_this_machine
@@ -362,6 +362,10 @@ def profile_of(workload: Workload, testbed: Testbed) -> Costs:
     smallest = 1 if workload.image_size is None else 2
     rows = sorted({size, *(2**power for power in range(size.bit_length()) if smallest <= 2**power < size)})
     return on_this_machine(workload, costs, rows)
+
+
+#: What a sweep asks again on every testbed, and with it what was derived from it.
+_counted = functools.lru_cache(maxsize=8)(profile.count)
 
 
 def _must_fit_the_question(plan: Plan, costs: Costs, request: Request) -> None:

@@ -241,9 +241,9 @@ def micro_batch_sizes(batch_size: int, asked: object = None) -> list[int]:
 
 @dataclass(frozen=True)
 class Draft:
-    """A plan that is made where it may be the fastest: the whole run takes at least `least_s` seconds."""
+    """A plan that is made where it may be the fastest: the whole run takes at least `least_seconds()`."""
 
-    least_s: float
+    least_seconds: Callable[[], float]
     made: Callable[[], Plan]
 
 
@@ -275,8 +275,10 @@ def plan_pipeline(
         stages, warmup = layout(size)
         clip = workload.clip_norm is not None
         pipeline = Pipeline(costs, tuple(stages), workload.optimizer, clip=clip, store=store)
-        made = partial(_plan, method, workload, pipeline, size, warmup)
-        return Draft(_least_seconds(pipeline, workload, size, warmup, cluster), made)
+        return Draft(
+            partial(_least_seconds, pipeline, workload, size, warmup, cluster),
+            partial(_plan, method, workload, pipeline, size, warmup),
+        )
 
     return fastest([partial(candidate, size) for size in sizes], costs, cluster)
 
@@ -293,7 +295,7 @@ def fastest(candidates: Sequence[Callable[[], Plan | Draft | Estimated]], costs:
         try:
             found = candidate()
             if isinstance(found, Draft):
-                if best is not None and found.least_s >= best.seconds:
+                if best is not None and found.least_seconds() >= best.seconds:
                     continue
                 found = found.made()
             if isinstance(found, Plan):
