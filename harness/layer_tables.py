@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from harness.cluster import Cluster
-from harness.costs import BACKWARD, FORWARD, Costs
+from harness.costs import DIRECTIONS, Costs
 from harness.workload import OPTIMIZER_STATE_COPIES
 
 
@@ -25,7 +25,6 @@ class LayerTables:
         self.budgets = [d.memory_bytes for d in self.devices] if budgets is None else list(budgets)
         self.copies = 1 + OPTIMIZER_STATE_COPIES[optimizer]
         self.num_layers = len(costs.layers)
-        self._seconds: dict[tuple[object, ...], tuple[np.ndarray, np.ndarray]] = {}
         self.kinds = [device.kind for device in self.devices]
 
     @cached_property
@@ -35,16 +34,8 @@ class LayerTables:
 
     def layer_seconds(self, device: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """t_f and t_b of the first l layers of the model, l = 0 ... L, for `rows` rows."""
-        key = (self.kinds[device], rows)
-        if key not in self._seconds:
-            found = []
-            for direction in (FORWARD, BACKWARD):
-                each = [
-                    self.costs.seconds(self.devices[device], *layer, direction, rows) for layer in self.costs.layers
-                ]
-                found.append(np.concatenate(([0.0], np.cumsum(each))))
-            self._seconds[key] = found[0], found[1]
-        return self._seconds[key]
+        forward, backward = (self.costs.layer_seconds(self.devices[device], d, rows) for d in DIRECTIONS)
+        return forward, backward
 
     @cached_property
     def memory(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

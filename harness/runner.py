@@ -409,7 +409,7 @@ def _tables(testbed: Testbed) -> tuple[str, bool]:
 
 
 #: What a sweep asks again on every testbed, and with it what was derived from it.
-_counted = functools.lru_cache(maxsize=8)(profile.count)
+_counted = functools.lru_cache(maxsize=64)(profile.count)
 
 
 def _must_fit_the_question(plan: Plan, costs: Costs, request: Request) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -51,25 +51,29 @@ def balanced_cuts(
         raise Unsupported(f"{len(devices)} stages need as many layers, and the model has {len(layers)}")
     edges = [layers[0][0], *(last for _, last in layers)]
     directions = (FORWARD, BACKWARD) if costs.training else (FORWARD,)
+    boards = {board.kind: board for board in cluster.devices}
+
+    @cache
+    def load(kind: str, first: int, last: int) -> float:
+        if by == LAYERS:
+            return float(last - first)
+        timed = cluster.devices if by == MEAN_TIME else (boards[kind],)
+        units = edges[first], edges[last]
+        return sum(costs.seconds(b, *units, d, rows) for b in timed for d in directions) / len(timed)
 
     # slowest[l]: best slowest stage for the first l layers on the devices so far; cut[d][l]: where the last one begins.
     slowest = [0.0] + [float("inf")] * len(layers)
     cut: list[list[int]] = []
     for stage, device in enumerate(devices):
         board = cluster.device(device)
-        timed = cluster.devices if by == MEAN_TIME else (board,)
         following, begins = [float("inf")] * (len(layers) + 1), [0] * (len(layers) + 1)
         for last in range(1, len(layers) + 1):
             better: list[tuple[float, int]] = [(float("inf"), 0)]  # the longer the last stage, the better
             for first in range(last - 1, -1, -1):
-                if by == LAYERS:
-                    load = float(last - first)
-                else:
-                    units = edges[first], edges[last]
-                    load = sum(costs.seconds(b, *units, d, rows) for b in timed for d in directions) / len(timed)
-                if max(slowest[first], load) < better[-1][0]:
-                    better.append((max(slowest[first], load), first))
-                if load > better[-1][0]:
+                alone = load(board.kind, first, last)
+                if max(slowest[first], alone) < better[-1][0]:
+                    better.append((max(slowest[first], alone), first))
+                if alone > better[-1][0]:
                     break
             # Longer ranges need more memory: what fits is asked of the best first, because it is slow to tell.
             following[last], begins[last] = next(
