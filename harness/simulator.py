@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from harness.cluster import Cluster
+from harness.cluster import Cluster, Device
 from harness.costs import Costs
 from harness.errors import OrreryError
 from harness.garbage import no_collection
@@ -216,6 +216,7 @@ def _time(phase: Phase, plan: Plan, costs: Costs, cluster: Cluster) -> _Timed:
     }
     timed = _Timed(phase, graph, [0] * len(graph), [0] * len(graph), {}, {}, [0] * (4 * len(devices)), {})
     sent: dict[tuple[int, int], int] = {}
+    passes: dict[tuple[object, ...], tuple[float, tuple[int, int]]] = {}
     for node, action in enumerate(graph.actions):
         device, nbytes = devices[graph.device[node]], graph.nbytes[node]
         seconds = 0.0
@@ -229,14 +230,11 @@ def _time(phase: Phase, plan: Plan, costs: Costs, cluster: Cluster) -> _Timed:
             sent[ends] = sent.get(ends, 0) + nbytes
             timed.busy[len(QUEUES) * ends[1] + QUEUES.index(NIC_IN)] += round(seconds * PICOSECONDS)
         elif isinstance(action, Compute):
-            first, last = action.units
-            rows = action.rows[1] - action.rows[0]
-            share = fraction(action, costs)
-            seconds = costs.seconds(device, first, last, action.direction, rows, share)
-            workspace = int(costs.workspace(first, last, action.direction, rows) * share)
-            # Weight gradients made on the way belong to the worst moment of the pass as far as they exist by then.
-            fresh = costs.workspace(first, last, action.direction, rows, True) if node in graph.makes_gradients else 0
-            timed.workspace[node] = (workspace, max(0, fresh - workspace))
+            rows, fresh = action.rows[1] - action.rows[0], node in graph.makes_gradients
+            key = (device.kind, action.units, action.direction, rows, action.tokens, action.width, fresh)
+            if key not in passes:
+                passes[key] = _pass(action, costs, device, fresh)
+            seconds, timed.workspace[node] = passes[key]
         elif isinstance(action, Combine):
             seconds = nbytes * TRAFFIC[action.op] / device.memory_bandwidth
         elif isinstance(action, Step):
@@ -251,6 +249,17 @@ def _time(phase: Phase, plan: Plan, costs: Costs, cluster: Cluster) -> _Timed:
             timed.busy[len(QUEUES) * graph.device[node] + QUEUES.index(QUEUE_OF[type(action)])] += time
     timed.link_bytes.update({(graph.devices[a], graph.devices[b]): nbytes for (a, b), nbytes in sent.items()})
     return timed
+
+
+def _pass(action: Compute, costs: Costs, device: Device, fresh: bool) -> tuple[float, tuple[int, int]]:
+    """Seconds of a pass, and its workspace, of activations and of gradients, which are `fresh` where it makes them."""
+    first, last = action.units
+    rows = action.rows[1] - action.rows[0]
+    share = fraction(action, costs)
+    workspace = int(costs.workspace(first, last, action.direction, rows) * share)
+    # Weight gradients made on the way belong to the worst moment of the pass as far as they exist by then.
+    worst = costs.workspace(first, last, action.direction, rows, True) if fresh else 0
+    return costs.seconds(device, first, last, action.direction, rows, share), (workspace, max(0, worst - workspace))
 
 
 def _iterations(timed: _Timed, state: _State, repeat: int) -> Iterator[tuple[int, int, list[int], list[int]]]:
