@@ -280,7 +280,7 @@ def plan_pipeline(
         clip = workload.clip_norm is not None
         pipeline = Pipeline(costs, tuple(stages), workload.optimizer, clip=clip, store=store)
         return Draft(
-            partial(_least_seconds, pipeline, workload, size, warmup, cluster),
+            partial(least_seconds, pipeline, workload, size, warmup, cluster),
             partial(_plan, method, workload, pipeline, size, warmup),
         )
 
@@ -363,7 +363,7 @@ def weighted_seconds(plan: Plan, trace: Trace) -> float:
     return sum(seconds[id(phase)] * phase.repeat for phase in plan.phases)
 
 
-def _least_seconds(
+def least_seconds(
     pipeline: Pipeline, workload: Workload, size: int, warmup: Callable[[int], Sequence[int]], cluster: Cluster
 ) -> float:
     """What `weighted_seconds` of the plan can't be less than, told from iterations of a single micro-batch.
