@@ -13,8 +13,6 @@ from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
-import numpy as np
-
 from harness.cluster import OPERATOR_CLASSES, Device
 from harness.errors import OrreryError
 
@@ -414,13 +412,12 @@ class Costs:
                 cache[key] = _rated_seconds(device, self.work(first, last, direction), direction, rows, fraction)
         return cache[key]
 
-    def layer_seconds(self, device: Device, direction: str, rows: int) -> np.ndarray:
-        """Time of one pass over the first l layers, one by one, l = 0 ... L."""
-        cache: dict[tuple[object, ...], np.ndarray] = self.__dict__.setdefault("_layer_seconds_cache", {})
+    def layer_seconds(self, device: Device, direction: str, rows: int) -> tuple[float, ...]:
+        """Time of one pass over each layer by itself."""
+        cache: dict[tuple[object, ...], tuple[float, ...]] = self.__dict__.setdefault("_layer_seconds_cache", {})
         key = (device.kind, direction, rows)
         if key not in cache:
-            each = [self.seconds(device, *layer, direction, rows) for layer in self.layers]
-            cache[key] = np.concatenate(([0.0], np.cumsum(each)))
+            cache[key] = tuple(self.seconds(device, *layer, direction, rows) for layer in self.layers)
         return cache[key]
 
     def _read_bytes(self, unit: UnitCost, rows: int) -> int:

@@ -25,6 +25,7 @@ class LayerTables:
         self.budgets = [d.memory_bytes for d in self.devices] if budgets is None else list(budgets)
         self.copies = 1 + OPTIMIZER_STATE_COPIES[optimizer]
         self.num_layers = len(costs.layers)
+        self._seconds: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
         self.kinds = [device.kind for device in self.devices]
 
     @cached_property
@@ -34,8 +35,12 @@ class LayerTables:
 
     def layer_seconds(self, device: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """t_f and t_b of the first l layers of the model, l = 0 ... L, for `rows` rows."""
-        forward, backward = (self.costs.layer_seconds(self.devices[device], d, rows) for d in DIRECTIONS)
-        return forward, backward
+        key = (self.kinds[device], rows)
+        if key not in self._seconds:
+            each = (self.costs.layer_seconds(self.devices[device], direction, rows) for direction in DIRECTIONS)
+            forward, backward = (np.concatenate(([0.0], np.cumsum(seconds))) for seconds in each)
+            self._seconds[key] = forward, backward
+        return self._seconds[key]
 
     @cached_property
     def memory(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
