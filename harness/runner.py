@@ -51,6 +51,7 @@ def sweep(requests: Sequence[Request], out: Path, force: bool = False, resume: b
     With `resume` what really runs keeps its state after every epoch, and goes on where it was killed before.
 
     Runs on one testbed in one mode follow each other, and those of one workload take turns with their repeats.
+    Simulated ones are done on all cores at once, and come in the same order.
     Input that can't be run raises `OrreryError` where it was asked for alone; among others it is a row.
     """
     if resume:
