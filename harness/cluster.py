@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 #: Operator classes that have an achieved rate of their own.
 OPERATOR_CLASSES = ("matmul", "conv", "depthwise")
@@ -42,6 +43,12 @@ class Device:
             memory_bandwidth=self.memory_bandwidth / factor,
             share=self.share / factor,
         )
+
+    @cached_property
+    def kind(self) -> str:
+        """The same for devices that compute alike."""
+        speeds = self.kernel_overhead_s, self.memory_bandwidth, sorted(self.rates.items())
+        return repr((self.profile, self.measured, self.share, speeds))
 
 
 @dataclass(frozen=True)

@@ -395,7 +395,7 @@ class Costs:
         if rows == 0:
             return 0.0
         cache: dict[tuple[object, ...], float] = self.__dict__.setdefault("_seconds_cache", {})
-        key = (device, first, last, direction, rows, fraction)
+        key = (device.kind, first, last, direction, rows, fraction)
         if key not in cache:
             if device.measured is not None:
                 measured = self.measured_seconds(device.measured, first, last, direction, rows, fraction)
@@ -410,6 +410,14 @@ class Costs:
                 )
             else:
                 cache[key] = _rated_seconds(device, self.work(first, last, direction), direction, rows, fraction)
+        return cache[key]
+
+    def layer_seconds(self, device: Device, direction: str, rows: int) -> tuple[float, ...]:
+        """Time of one pass over each layer by itself."""
+        cache: dict[tuple[object, ...], tuple[float, ...]] = self.__dict__.setdefault("_layer_seconds_cache", {})
+        key = (device.kind, direction, rows)
+        if key not in cache:
+            cache[key] = tuple(self.seconds(device, *layer, direction, rows) for layer in self.layers)
         return cache[key]
 
     def _read_bytes(self, unit: UnitCost, rows: int) -> int:

@@ -7,8 +7,8 @@ from functools import cached_property
 
 import numpy as np
 
-from harness.cluster import Cluster, Device
-from harness.costs import BACKWARD, FORWARD, Costs
+from harness.cluster import Cluster
+from harness.costs import DIRECTIONS, Costs
 from harness.workload import OPTIMIZER_STATE_COPIES
 
 
@@ -25,13 +25,8 @@ class LayerTables:
         self.budgets = [d.memory_bytes for d in self.devices] if budgets is None else list(budgets)
         self.copies = 1 + OPTIMIZER_STATE_COPIES[optimizer]
         self.num_layers = len(costs.layers)
-        self._seconds: dict[tuple[object, ...], tuple[np.ndarray, np.ndarray]] = {}
-        self.kinds = [self._kind(device) for device in self.devices]
-
-    @staticmethod
-    def _kind(device: Device) -> tuple[object, ...]:
-        """Equal for devices that compute alike."""
-        return device.profile, device.share, device.measured, device.kernel_overhead_s, tuple(device.rates.items())
+        self._seconds: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
+        self.kinds = [device.kind for device in self.devices]
 
     @cached_property
     def speeds(self) -> list[float]:
@@ -42,13 +37,9 @@ class LayerTables:
         """t_f and t_b of the first l layers of the model, l = 0 ... L, for `rows` rows."""
         key = (self.kinds[device], rows)
         if key not in self._seconds:
-            found = []
-            for direction in (FORWARD, BACKWARD):
-                each = [
-                    self.costs.seconds(self.devices[device], *layer, direction, rows) for layer in self.costs.layers
-                ]
-                found.append(np.concatenate(([0.0], np.cumsum(each))))
-            self._seconds[key] = found[0], found[1]
+            each = (self.costs.layer_seconds(self.devices[device], direction, rows) for direction in DIRECTIONS)
+            forward, backward = (np.concatenate(([0.0], np.cumsum(seconds))) for seconds in each)
+            self._seconds[key] = forward, backward
         return self._seconds[key]
 
     @cached_property

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
+import itertools
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +20,7 @@ from pydantic import ValidationError
 
 from harness import datasets, measure, models, profile, provenance, registry, store, techniques
 from harness.cluster import Cluster
+from harness.cores import on_all_cores
 from harness.costs import Costs
 from harness.errors import Broken, OrreryError, OutOfMemory, Unsupported
 from harness.experiment import COMPUTED, Request, planned, reads_images
@@ -49,13 +52,55 @@ def sweep(requests: Sequence[Request], out: Path, force: bool = False, resume: b
     With `resume` what really runs keeps its state after every epoch, and goes on where it was killed before.
 
     Runs on one testbed in one mode follow each other, and those of one workload take turns with their repeats.
+    Simulated ones are done on all cores at once, and come in the same order.
     Input that can't be run raises `OrreryError` where it was asked for alone; among others it is a row.
     """
     if resume:
         _check_resumable(requests, force)
     store.prepare(out, {request.config_hash for request in requests} if force else ())
+    alone = len(requests) == 1
+    for computed, groups in itertools.groupby(_groups(requests), lambda group: group[0].mode == COMPUTED):
+        if computed:
+            yield from _computed(list(itertools.chain.from_iterable(groups)), out, force, alone)
+        else:
+            yield from _in_turns(groups, out, force, resume, alone)
+
+
+def _computed(requests: Sequence[Request], out: Path, force: bool, alone: bool) -> Iterator[Outcome]:
+    """Simulated runs disturb each other in nothing: they are done on all cores at once."""
+    stored = [None if force else store.finished(out, request.config_hash) for request in requests]
+    missing = [request for request, record in zip(requests, stored, strict=True) if record is None]
+    # Here, and not in each process: what is measured on this machine must not be measured by all at once.
+    for request in {(r.workload, _tables(r.testbed)): r for r in missing}.values() if len(missing) > 1 else ():
+        with contextlib.suppress(Exception):  # the run says what is wrong
+            profile_of(request.workload, request.testbed)
+    with on_all_cores(functools.partial(_answered, alone=alone), missing) as records:
+        for request, record in zip(requests, stored, strict=True):
+            fresh = record is None
+            if record is None:
+                record = next(records)
+                store.save(out, record)
+            yield Outcome(request, record, skipped=not fresh)
+
+
+def _answered(request: Request, alone: bool) -> Record:
+    """The record of a run that is over at once. Input that can't be run raises `OrreryError` where it is alone."""
+    series = _Series(request)
+    try:
+        with Testbeds() as testbeds:
+            while not series.over:
+                series.run(testbeds)
+    except OrreryError as error:
+        if alone:
+            raise
+        series.end("unsupported", str(error))
+    return series.record()
+
+
+def _in_turns(groups: Iterable[list[Request]], out: Path, force: bool, resume: bool, alone: bool) -> Iterator[Outcome]:
+    """Runs that take time, one by one: those of a group take turns with their repeats."""
     with Testbeds() as testbeds:
-        for group in _groups(requests):
+        for group in groups:
             left = [_Series(request, _journal(request, out) if resume else None) for request in group]
             while left:
                 for series in left:
@@ -69,7 +114,7 @@ def sweep(requests: Sequence[Request], out: Path, force: bool = False, resume: b
                     try:
                         series.run(testbeds)
                     except OrreryError as error:
-                        if len(requests) == 1:
+                        if alone:
                             raise
                         series.end("unsupported", str(error))
                     if series.over:
@@ -93,7 +138,7 @@ def _groups(requests: Sequence[Request]) -> Iterator[list[Request]]:
 def _saved(out: Path, series: _Series) -> Record:
     """The record, written; before it the trace of what really happened."""
     record = series.record()
-    if series.execution is not None and record.mode != COMPUTED:
+    if series.execution is not None:
         write_chrome_trace(series.execution.trace, store.trace_path(out, record.provenance.config_hash))
     store.save(out, record)
     if record.status in store.FINISHED:
@@ -128,10 +173,8 @@ def _check_resumable(requests: Sequence[Request], force: bool) -> None:
             raise OrreryError(f"--resume goes on after an epoch of training, and {request} trains nothing.")
 
 
-def _journal(request: Request, out: Path) -> Journal | None:
-    """Where the state of a run is kept. Of a simulated one there is none."""
-    if request.mode == COMPUTED:
-        return None
+def _journal(request: Request, out: Path) -> Journal:
+    """Where the state of a run is kept."""
     folder = store.state_path(out, request.config_hash)
     return Journal(folder, {"config_hash": request.config_hash, "code_digest": provenance.code_digest()})
 
@@ -185,11 +228,7 @@ def run(request: Request) -> Record:
 
     Raises `OrreryError` for input that the user can mend.
     """
-    series = _Series(request)
-    with Testbeds() as testbeds:
-        while not series.over:
-            series.run(testbeds)
-    return series.record()
+    return _answered(request, alone=True)
 
 
 class _Series:
@@ -360,9 +399,9 @@ def profile_of(workload: Workload, testbed: Testbed) -> Costs:
     Times depend on shapes, not on words: what is timed is the synthetic data set in the workload's shape. Image models
     start at two rows, because batch norm can't train on one value per channel.
     """
-    accelerators = {device.accelerator for device in testbed.cluster.devices}
-    costs = profile.count(workload, "gpu" if accelerators == {"gpu"} else "cpu")  # a CPU's masks are the larger ones
-    if all(device.measured is None for device in testbed.cluster.devices):
+    accelerator, measured = _tables(testbed)
+    costs = _counted(workload, accelerator)
+    if not measured:
         return costs
     from harness.profile.measure import on_this_machine
 
@@ -370,6 +409,17 @@ def profile_of(workload: Workload, testbed: Testbed) -> Costs:
     smallest = 1 if workload.image_size is None else 2
     rows = sorted({size, *(2**power for power in range(size.bit_length()) if smallest <= 2**power < size)})
     return on_this_machine(workload, costs, rows)
+
+
+def _tables(testbed: Testbed) -> tuple[str, bool]:
+    """For which accelerator units are counted, a CPU's masks being the larger ones; and whether they are timed here."""
+    devices = testbed.cluster.devices
+    alike = all(device.accelerator == "gpu" for device in devices)
+    return "gpu" if alike else "cpu", any(device.measured is not None for device in devices)
+
+
+#: What a sweep asks again on every testbed, and with it what was derived from it.
+_counted = functools.lru_cache(maxsize=64)(profile.count)
 
 
 def _must_fit_the_question(plan: Plan, costs: Costs, request: Request) -> None:

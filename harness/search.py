@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,7 +17,7 @@ from harness.errors import OrreryError, OutOfMemory, Unsupported, unknown_name
 from harness.plan import Phase, Plan
 from harness.plan.values import Range
 from harness.schedules import Pipeline, Stage, micro_batches
-from harness.simulator import estimate
+from harness.simulator import PICOSECONDS, demands, estimate
 from harness.trace import Trace
 from harness.workload import OPTIMIZER_STATE_COPIES, Workload
 
@@ -48,25 +51,29 @@ def balanced_cuts(
         raise Unsupported(f"{len(devices)} stages need as many layers, and the model has {len(layers)}")
     edges = [layers[0][0], *(last for _, last in layers)]
     directions = (FORWARD, BACKWARD) if costs.training else (FORWARD,)
+    boards = {board.kind: board for board in cluster.devices}
+
+    @cache
+    def load(kind: str, first: int, last: int) -> float:
+        if by == LAYERS:
+            return float(last - first)
+        timed = cluster.devices if by == MEAN_TIME else (boards[kind],)
+        units = edges[first], edges[last]
+        return sum(costs.seconds(b, *units, d, rows) for b in timed for d in directions) / len(timed)
 
     # slowest[l]: best slowest stage for the first l layers on the devices so far; cut[d][l]: where the last one begins.
     slowest = [0.0] + [float("inf")] * len(layers)
     cut: list[list[int]] = []
     for stage, device in enumerate(devices):
         board = cluster.device(device)
-        timed = cluster.devices if by == MEAN_TIME else (board,)
         following, begins = [float("inf")] * (len(layers) + 1), [0] * (len(layers) + 1)
         for last in range(1, len(layers) + 1):
             better: list[tuple[float, int]] = [(float("inf"), 0)]  # the longer the last stage, the better
             for first in range(last - 1, -1, -1):
-                if by == LAYERS:
-                    load = float(last - first)
-                else:
-                    units = edges[first], edges[last]
-                    load = sum(costs.seconds(b, *units, d, rows) for b in timed for d in directions) / len(timed)
-                if max(slowest[first], load) < better[-1][0]:
-                    better.append((max(slowest[first], load), first))
-                if load > better[-1][0]:
+                alone = load(board.kind, first, last)
+                if max(slowest[first], alone) < better[-1][0]:
+                    better.append((max(slowest[first], alone), first))
+                if alone > better[-1][0]:
                     break
             # Longer ranges need more memory: what fits is asked of the best first, because it is slow to tell.
             following[last], begins[last] = next(
@@ -236,6 +243,21 @@ def micro_batch_sizes(batch_size: int, asked: object = None) -> list[int]:
     return sorted(sizes, reverse=True)
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A plan that is made where it may be the fastest: the whole run takes at least `least_seconds()`."""
+
+    least_seconds: Callable[[], float]
+    made: Callable[[], Plan]
+
+
+class Estimated(NamedTuple):
+    """What the whole run takes, and the plan that does it."""
+
+    seconds: float
+    plan: Plan
+
+
 def plan_pipeline(
     method: str,
     workload: Workload,
@@ -253,42 +275,75 @@ def plan_pipeline(
     """
     sizes = micro_batch_sizes(workload.batch_size, options.get("micro_batch_size"))
 
-    def candidate(size: int) -> Plan:
-        return _plan(method, workload, costs, size, *layout(size), store)
+    def candidate(size: int) -> Draft:
+        stages, warmup = layout(size)
+        clip = workload.clip_norm is not None
+        pipeline = Pipeline(costs, tuple(stages), workload.optimizer, clip=clip, store=store)
+        return Draft(
+            partial(least_seconds, pipeline, workload, size, warmup, cluster),
+            partial(_plan, method, workload, pipeline, size, warmup),
+        )
 
     return fastest([partial(candidate, size) for size in sizes], costs, cluster)
 
 
-def fastest(candidates: Sequence[Callable[[], Plan]], costs: Costs, cluster: Cluster) -> Plan:
+def fastest(candidates: Sequence[Callable[[], Plan | Draft | Estimated]], costs: Costs, cluster: Cluster) -> Plan:
     """The plan that simulates fastest of those that fit, the first of equals.
 
     Raises OutOfMemory when none fits, for the one that misses least; Unsupported when no candidate can be made.
     """
-    best: tuple[float, Plan] | None = None
+    best: Estimated | None = None
     misses: list[OutOfMemory] = []
     reasons: list[Unsupported] = []
     for candidate in candidates:
         try:
-            plan = candidate()
+            found = candidate()
+            if isinstance(found, Draft):
+                if best is not None and found.least_seconds() >= best.seconds:
+                    continue
+                found = found.made()
+            if isinstance(found, Plan):
+                found = estimated(found, costs, cluster)
         except OutOfMemory as miss:
             misses.append(miss)
-            continue
         except Unsupported as reason:
             reasons.append(reason)
-            continue
-        trace = estimate(plan, costs, cluster)
-        excess = overflow(trace, cluster)
-        if excess is not None:
-            misses.append(excess)
-            continue
-        seconds = weighted_seconds(plan, trace)
-        if best is None or seconds < best[0]:
-            best = seconds, plan
+        else:
+            if best is None or found.seconds < best.seconds:
+                best = found
     if best is not None:
-        return best[1]
+        return best.plan
     if misses:
-        raise min(misses, key=lambda miss: miss.needed_bytes - miss.available_bytes)
+        raise _least(misses)
     raise reasons[0]
+
+
+def first_fitting(candidates: Iterable[Callable[[], Plan]], costs: Costs, cluster: Cluster) -> Estimated:
+    """The first plan that fits. Raises OutOfMemory when none does, for the one that misses least."""
+    misses: list[OutOfMemory] = []
+    for candidate in candidates:
+        try:
+            return estimated(candidate(), costs, cluster)
+        except OutOfMemory as miss:
+            misses.append(miss)
+    raise _least(misses)
+
+
+def estimated(plan: Plan, costs: Costs, cluster: Cluster) -> Estimated:
+    """The plan and its time. Raises OutOfMemory where it does not fit."""
+    trace = estimate(plan, costs, cluster)
+    excess = overflow(trace, cluster)
+    if excess is not None:
+        raise excess
+    return Estimated(weighted_seconds(plan, trace), plan)
+
+
+def _least(misses: Sequence[OutOfMemory]) -> OutOfMemory:
+    return min(misses, key=_missing)
+
+
+def _missing(miss: OutOfMemory) -> int:
+    return miss.needed_bytes - miss.available_bytes
 
 
 def overflow(trace: Trace, cluster: Cluster) -> OutOfMemory | None:
@@ -298,7 +353,7 @@ def overflow(trace: Trace, cluster: Cluster) -> OutOfMemory | None:
         for name, peak in trace.peak_bytes.items()
         if peak > cluster.device(name).memory_bytes
     ]
-    return max(misses, key=lambda miss: miss.needed_bytes - miss.available_bytes, default=None)
+    return max(misses, key=_missing, default=None)
 
 
 def weighted_seconds(plan: Plan, trace: Trace) -> float:
@@ -308,32 +363,53 @@ def weighted_seconds(plan: Plan, trace: Trace) -> float:
     return sum(seconds[id(phase)] * phase.repeat for phase in plan.phases)
 
 
+def least_seconds(
+    pipeline: Pipeline, workload: Workload, size: int, warmup: Callable[[int], Sequence[int]], cluster: Cluster
+) -> float:
+    """What `weighted_seconds` of the plan can't be less than, told from iterations of a single micro-batch.
+
+    A device does its passes one after the other. In training they may begin when the last pass of the iteration before
+    has ended: that is one of the first stage, to which the gradients of all others flow, and whose devices wait for
+    each other's. What else that iteration does until its end, and this one thus may do before it is counted, is the
+    update, and something of it is always under way: it takes no longer than all of it one after the other. Where that
+    is not so, because a gradient stops on its way or results are stored, nothing is said.
+    """
+    costs = pipeline.costs
+    flows = all(any(costs.tensors[name].needs_grad for name in costs.carried(s.units[0])) for s in pipeline.stages[1:])
+    if costs.training and (pipeline.store or not flows):
+        return 0.0
+    runs = [(Counter(micro_batches(batch_size, size)), repeat) for batch_size, repeat in workload.batches()]
+    counts = sorted({count for batches, _ in runs for count in batches})
+    single = tuple(pipeline.phase((count,), warmup(1)) for count in counts)
+    asked = dict(zip(counts, demands(_whole("", pipeline, single), costs, cluster), strict=True))
+    rest = max(demand.rest for demand in asked.values())
+    least = 0.0
+    for batches, repeat in runs:
+        passes = (
+            sum(asked[count].passes[device] * times for count, times in batches.items()) for device in pipeline.devices
+        )
+        least += max(0, max(passes) - rest) / PICOSECONDS * repeat
+    return least
+
+
 def _plan(
-    method: str,
-    workload: Workload,
-    costs: Costs,
-    size: int,
-    stages: Sequence[Stage],
-    warmup: Callable[[int], Sequence[int]],
-    store: bool,
+    method: str, workload: Workload, pipeline: Pipeline, size: int, warmup: Callable[[int], Sequence[int]]
 ) -> Plan:
-    pipeline = Pipeline(costs, tuple(stages), workload.optimizer, clip=workload.clip_norm is not None, store=store)
     built: dict[tuple[int, int], Phase] = {}
     phases: list[Phase] = []
-    kind = "train" if costs.training else "infer"
+    kind = "train" if pipeline.costs.training else "infer"
     for batch_size, repeat in workload.batches():
         if (batch_size, repeat) not in built:
             batches = micro_batches(batch_size, size)
             name = kind if batch_size == workload.batch_size else f"{kind} last batch"
             built[batch_size, repeat] = pipeline.phase(batches, warmup(len(batches)), name, repeat)
         phases.append(built[batch_size, repeat])
-    return Plan(
-        method=method,
-        num_units=len(costs.units),
-        tensors=pipeline.tensors,
-        phases=tuple(phases),
-        summary=dict(summary(costs, stages, size, phases[0])),
-    )
+    about = summary(pipeline.costs, pipeline.stages, size, phases[0])
+    return replace(_whole(method, pipeline, tuple(phases)), summary=dict(about))
+
+
+def _whole(method: str, pipeline: Pipeline, phases: tuple[Phase, ...]) -> Plan:
+    return Plan(method=method, num_units=len(pipeline.costs.units), tensors=pipeline.tensors, phases=phases)
 
 
 def summary(costs: Costs, stages: Sequence[Stage], size: int, phase: Phase) -> Iterator[tuple[str, object]]:

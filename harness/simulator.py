@@ -9,18 +9,19 @@ iteration by iteration.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
-from harness.cluster import Cluster
+from harness.cluster import Cluster, Device
 from harness.costs import Costs
 from harness.errors import OrreryError
 from harness.garbage import no_collection
 from harness.ledger import Ledger
 from harness.plan.actions import COMPUTE, NIC_IN, QUEUE_OF, QUEUES, STORAGE, Combine, Compute, Load, Send, Step, Store
-from harness.plan.flow import link
+from harness.plan.flow import linked
 from harness.plan.graph import Graph, check_order
 from harness.plan.pieces import fraction
 from harness.plan.plan import Phase, Plan
@@ -88,13 +89,14 @@ class _Timed:
         return sorted(set(self.medium.values()))
 
 
-def simulate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
-    """Run the plan in virtual time. Raises InvalidPlan, and OrreryError where a device's rate is unknown."""
+def simulate(plan: Plan, costs: Costs, cluster: Cluster, most: int | None = None) -> Trace:
+    """Run the plan in virtual time, of each phase `most` iterations. Raises InvalidPlan, and OrreryError where a
+    device's rate is unknown."""
     with no_collection():
-        return _simulate(plan, costs, cluster)
+        return _simulate(plan, costs, cluster, most)
 
 
-def _simulate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
+def _simulate(plan: Plan, costs: Costs, cluster: Cluster, most: int | None) -> Trace:
     prepared: dict[int, _Timed] = {}
     devices = plan.devices
     state = _State([0] * (len(QUEUES) * len(devices)), [0] * len(devices))
@@ -106,6 +108,7 @@ def _simulate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
     spans: list[tuple[int, int]] = []
     now = 0
     for number, phase in enumerate(plan.phases):
+        repeat = phase.repeat if most is None else min(phase.repeat, most)
         timed = prepared.get(id(phase))
         seen = timed is not None
         if timed is None:
@@ -113,7 +116,7 @@ def _simulate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
         began = now
         state.begun = [state.queue[len(QUEUES) * device + QUEUES.index(COMPUTE)] for device in range(len(devices))]
         lengths: list[float] = []
-        for iteration, before, start, end in _iterations(timed, state):
+        for iteration, before, start, end in _iterations(timed, state, repeat):
             ledger.add(timed.graph, start, end, timed.workspace, before)
             if iteration < EVENTS_KEPT and not seen:
                 kept.append(_Kept(timed, number, iteration, start, end))
@@ -122,18 +125,18 @@ def _simulate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
             now = max(now, ended)
         now = max((now, *(state.queue[q] for q in timed.graph.ends), *state.live.values()))
         for queue, time in enumerate(timed.busy):
-            busy[queue] += time * phase.repeat
+            busy[queue] += time * repeat
         for ends, nbytes in timed.link_bytes.items():
-            link_bytes[ends] = link_bytes.get(ends, 0) + nbytes * phase.repeat
+            link_bytes[ends] = link_bytes.get(ends, 0) + nbytes * repeat
         phases.append(
             PhaseTrace(
                 phase.name,
-                phase.repeat,
+                repeat,
                 began / PICOSECONDS,
                 (now - began) / PICOSECONDS,
-                sum(timed.link_bytes.values()) * phase.repeat,
+                sum(timed.link_bytes.values()) * repeat,
                 tuple(lengths),
-                sum(timed.busy[QUEUES.index(COMPUTE) :: len(QUEUES)]) * phase.repeat / PICOSECONDS,
+                sum(timed.busy[QUEUES.index(COMPUTE) :: len(QUEUES)]) * repeat / PICOSECONDS,
                 decoding=phase.decoding,
             )
         )
@@ -162,8 +165,30 @@ def _simulate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
 def estimate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:
     """Two iterations of each distinct phase: enough to compare candidate plans, and what they hold at once."""
     distinct = {id(phase): phase for phase in plan.phases}
-    short = tuple(replace(phase, repeat=min(phase.repeat, 2)) for phase in distinct.values())
-    return simulate(replace(plan, phases=short), costs, cluster)
+    return simulate(replace(plan, phases=tuple(distinct.values())), costs, cluster, most=2)
+
+
+class Demand(NamedTuple):
+    """Of an iteration the passes of each device, and all else together, as if it were done one after the other, with
+    the time that transfers are on their way. Picoseconds."""
+
+    passes: Mapping[str, int]
+    rest: int
+
+
+def demands(plan: Plan, costs: Costs, cluster: Cluster) -> list[Demand]:
+    """What an iteration of each phase demands, whatever waits for what. Raises as `simulate`."""
+    found = []
+    for phase in plan.phases:
+        timed = _time(phase, plan, costs, cluster)
+        passes, rest = dict.fromkeys(plan.devices, 0), 0
+        for node, action in enumerate(timed.graph.actions):
+            if isinstance(action, Compute):
+                passes[timed.graph.devices[timed.graph.device[node]]] += timed.duration[node]
+            else:
+                rest += timed.duration[node] + timed.latency[node]
+        found.append(Demand(passes, rest))
+    return found
 
 
 def own_seconds(plan: Plan, costs: Costs, cluster: Cluster) -> list[dict[str, dict[int, float]]]:
@@ -182,7 +207,7 @@ def own_seconds(plan: Plan, costs: Costs, cluster: Cluster) -> list[dict[str, di
 
 def _time(phase: Phase, plan: Plan, costs: Costs, cluster: Cluster) -> _Timed:
     """Link the phase and give every node its duration."""
-    graph = link(phase, plan.tensors, plan.devices)
+    graph = linked(phase, plan)
     costs = phase.chain(costs)
     devices = [cluster.device(name) for name in graph.devices]
     links = {
@@ -191,6 +216,7 @@ def _time(phase: Phase, plan: Plan, costs: Costs, cluster: Cluster) -> _Timed:
     }
     timed = _Timed(phase, graph, [0] * len(graph), [0] * len(graph), {}, {}, [0] * (4 * len(devices)), {})
     sent: dict[tuple[int, int], int] = {}
+    passes: dict[tuple[object, ...], tuple[float, tuple[int, int]]] = {}
     for node, action in enumerate(graph.actions):
         device, nbytes = devices[graph.device[node]], graph.nbytes[node]
         seconds = 0.0
@@ -204,14 +230,11 @@ def _time(phase: Phase, plan: Plan, costs: Costs, cluster: Cluster) -> _Timed:
             sent[ends] = sent.get(ends, 0) + nbytes
             timed.busy[len(QUEUES) * ends[1] + QUEUES.index(NIC_IN)] += round(seconds * PICOSECONDS)
         elif isinstance(action, Compute):
-            first, last = action.units
-            rows = action.rows[1] - action.rows[0]
-            share = fraction(action, costs)
-            seconds = costs.seconds(device, first, last, action.direction, rows, share)
-            workspace = int(costs.workspace(first, last, action.direction, rows) * share)
-            # Weight gradients made on the way belong to the worst moment of the pass as far as they exist by then.
-            fresh = costs.workspace(first, last, action.direction, rows, True) if node in graph.makes_gradients else 0
-            timed.workspace[node] = (workspace, max(0, fresh - workspace))
+            rows, fresh = action.rows[1] - action.rows[0], node in graph.makes_gradients
+            key = (device.kind, action.units, action.direction, rows, action.tokens, action.width, fresh)
+            if key not in passes:
+                passes[key] = _pass(action, costs, device, fresh)
+            seconds, timed.workspace[node] = passes[key]
         elif isinstance(action, Combine):
             seconds = nbytes * TRAFFIC[action.op] / device.memory_bandwidth
         elif isinstance(action, Step):
@@ -228,14 +251,25 @@ def _time(phase: Phase, plan: Plan, costs: Costs, cluster: Cluster) -> _Timed:
     return timed
 
 
-def _iterations(timed: _Timed, state: _State) -> Iterator[tuple[int, int, list[int], list[int]]]:
+def _pass(action: Compute, costs: Costs, device: Device, fresh: bool) -> tuple[float, tuple[int, int]]:
+    """Seconds of a pass, and its workspace, of activations and of gradients, which are `fresh` where it makes them."""
+    first, last = action.units
+    rows = action.rows[1] - action.rows[0]
+    share = fraction(action, costs)
+    workspace = int(costs.workspace(first, last, action.direction, rows) * share)
+    # Weight gradients made on the way belong to the worst moment of the pass as far as they exist by then.
+    worst = costs.workspace(first, last, action.direction, rows, True) if fresh else 0
+    return costs.seconds(device, first, last, action.direction, rows, share), (workspace, max(0, worst - workspace))
+
+
+def _iterations(timed: _Timed, state: _State, repeat: int) -> Iterator[tuple[int, int, list[int], list[int]]]:
     """Simulate iterations until they are periodic, then jump over whole cycles.
 
     Gives of each its number, when all before it had ended, and the starts and ends of its nodes.
     """
     graph, media = timed.graph, timed.media
     history: list[np.ndarray] = []
-    left, number = timed.phase.repeat, 0
+    left, number = repeat, 0
     while left:
         if timed.phase.is_request:
             state.wait_for_all()

@@ -17,11 +17,11 @@ from functools import partial
 
 from harness.cluster import Cluster
 from harness.costs import FORWARD, Costs
-from harness.errors import OrreryError, OutOfMemory, Unsupported
+from harness.errors import OrreryError, Unsupported
 from harness.plan import Action, Collective, Combine, Commit, Free, Phase, Plan, Step, Value
 from harness.plan.values import Range
 from harness.schedules import Pipeline, Stage, StageWorker, in_flight, next_version, one_f_one_b, state_of
-from harness.search import fastest, summary
+from harness.search import first_fitting, summary
 from harness.workload import Workload
 
 
@@ -206,14 +206,9 @@ def plan_stashing(
     """
     if type(batches_per_flush) is not int or batches_per_flush < 1:
         raise OrreryError(f"batches_per_flush is {batches_per_flush!r}; it must be a whole number from 1 up.")
-    misses: list[OutOfMemory] = []
-    for depth in range(len(cluster.devices), 0, -1):
-        candidate = partial(_plan, method, workload, costs, stages, depth, batches_per_flush)
-        try:
-            return fastest([candidate], costs, cluster)
-        except OutOfMemory as miss:
-            misses.append(miss)
-    raise min(misses, key=lambda miss: miss.needed_bytes - miss.available_bytes)
+    planned = partial(_plan, method, workload, costs, stages, batches_per_flush)
+    depths = range(len(cluster.devices), 0, -1)
+    return first_fitting([partial(planned, depth) for depth in depths], costs, cluster).plan
 
 
 def _plan(
@@ -221,8 +216,8 @@ def _plan(
     workload: Workload,
     costs: Costs,
     stages: Callable[[int], Sequence[Stage]],
-    depth: int,
     batches_per_flush: int,
+    depth: int,
 ) -> Plan:
     chosen = tuple(stages(depth))
     warmup = [min(len(chosen) - p, depth) for p in range(len(chosen))]

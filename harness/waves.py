@@ -23,12 +23,12 @@ from itertools import pairwise
 
 from harness.cluster import Cluster
 from harness.costs import Costs
-from harness.errors import OutOfMemory, Unsupported
+from harness.errors import Unsupported
 from harness.plan import Action, Combine, Free, Phase, Plan, Recv, Send, Shard, Step, Tensor, Value
 from harness.plan.updates import LOCAL, SERVED
 from harness.plan.values import Range
 from harness.schedules import Pipeline, Stage, StageWorker, gradients_of, next_version
-from harness.search import fastest, layers_of, straight_stages
+from harness.search import Estimated, fastest, first_fitting, layers_of, straight_stages
 from harness.stashing import Group, StashingPipeline, StashingWorker, rounds
 from harness.workload import Workload
 
@@ -292,15 +292,10 @@ def plan_waves(
     Raises OutOfMemory where nothing fits.
     """
 
-    def largest_wave(workers: Sequence[Sequence[str]]) -> Plan:
-        misses: list[OutOfMemory] = []
-        for wave in range(max(map(len, workers)), 0, -1):
-            candidate = partial(_plan, method, workload, costs, cluster, workers, wave, distance, batches_per_flush)
-            try:
-                return fastest([candidate], costs, cluster)
-            except OutOfMemory as miss:
-                misses.append(miss)
-        raise min(misses, key=lambda miss: miss.needed_bytes - miss.available_bytes)
+    def largest_wave(workers: Sequence[Sequence[str]]) -> Estimated:
+        waves = range(max(map(len, workers)), 0, -1)
+        planned = partial(_plan, method, workload, costs, cluster, workers, distance, batches_per_flush)
+        return first_fitting([partial(planned, wave) for wave in waves], costs, cluster)
 
     return fastest([partial(largest_wave, workers) for workers in groupings], costs, cluster)
 
@@ -311,9 +306,9 @@ def _plan(
     costs: Costs,
     cluster: Cluster,
     workers: Sequence[Sequence[str]],
-    wave: int,
     distance: int,
     batches_per_flush: int,
+    wave: int,
 ) -> Plan:
     cut = tuple(tuple(_stages(workload, costs, cluster, devices, wave, distance)) for devices in workers)
     waves = Waves(costs, cut, wave, distance, workload.optimizer, clip=workload.clip_norm is not None)

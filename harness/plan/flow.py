@@ -32,7 +32,7 @@ from harness.plan.actions import (
 )
 from harness.plan.collectives import broken_rule, expand
 from harness.plan.graph import Allocation, Graph, InvalidPlan
-from harness.plan.plan import Phase
+from harness.plan.plan import Phase, Plan
 from harness.plan.values import Tensor, Value
 
 _QUEUE_INDEX = {name: index for index, name in enumerate(QUEUES)}
@@ -410,3 +410,12 @@ def link(phase: Phase, tensors: Mapping[str, Tensor], devices: Sequence[str]) ->
         builder.graph.high_water.append(device.most_bytes)
     builder.check_pairs()
     return builder.graph
+
+
+def linked(phase: Phase, plan: Plan) -> Graph:
+    """The graph of a phase of the plan, which is linked once: planner, validator and simulator look at the same one."""
+    kept: tuple[Mapping[str, Tensor], tuple[str, ...], Graph] | None = phase.__dict__.get("_linked")
+    if kept is None or kept[0] is not plan.tensors or kept[1] != plan.devices:
+        kept = plan.tensors, plan.devices, link(phase, plan.tensors, plan.devices)
+        phase.__dict__["_linked"] = kept
+    return kept[2]

@@ -10,7 +10,7 @@ from math import prod
 from harness.costs import FORWARD, Costs
 from harness.plan import pieces
 from harness.plan.actions import Combine, Compute
-from harness.plan.flow import link
+from harness.plan.flow import linked
 from harness.plan.gradients import check_gradients
 from harness.plan.graph import InvalidPlan, check_order
 from harness.plan.plan import Phase, Plan
@@ -38,7 +38,7 @@ def validate(plan: Plan, costs: Costs) -> dict[str, int]:
         if id(phase) in checked:
             continue
         checked.add(id(phase))
-        graph = link(phase, plan.tensors, plan.devices)
+        graph = linked(phase, plan)
         order = check_order(graph, f"phase {phase.name!r}")
         if phase.shards or _computes(phase):
             chain = phase.chain(costs)

@@ -16,9 +16,19 @@ from harness.errors import OrreryError, OutOfMemory, Unsupported
 from harness.plan import Collective, Combine, Free, Step, Tensor, Value
 from harness.plan.serial import to_json
 from harness.plan.validate import validate
-from harness.schedules import micro_batches, one_f_one_b, split
-from harness.search import LAYERS, MEAN_TIME, balanced_cuts, overflow
-from harness.simulator import simulate
+from harness.schedules import Pipeline, Stage, micro_batches, one_f_one_b, split
+from harness.search import (
+    LAYERS,
+    MEAN_TIME,
+    balanced_cuts,
+    fastest,
+    least_seconds,
+    micro_batch_sizes,
+    overflow,
+    plan_pipeline,
+    weighted_seconds,
+)
+from harness.simulator import estimate, simulate
 from harness.workload import Workload
 from testbeds import library
 from tests.harness.toys import chain, cluster
@@ -216,3 +226,64 @@ def test_cuts_under_a_memory_budget_equal_brute_force(work, budgets):
         assert cuts is None
     else:
         assert slowest([0, *(b for _, b in cuts)]) == pytest.approx(best)
+
+
+@st.composite
+def searches(draw: st.DrawFn):
+    """What `plan_pipeline` is given: any stages, shares and warm-ups, on any devices and links."""
+    sizes = draw(st.lists(st.integers(1, 3), min_size=1, max_size=4))
+    shares = [tuple(draw(st.lists(st.integers(1, 4), min_size=size, max_size=size))) for size in sizes]
+    testbed = cluster(
+        sum(sizes),
+        bandwidth=draw(st.sampled_from([1e2, 1e4, 1e9])),
+        latency_s=draw(st.sampled_from([0.0, 1e-3, 3.0])),
+        duplex=draw(st.sampled_from(["full", "half", "shared"])),
+        memory_bandwidth=draw(st.sampled_from([1e3, 1e6])),
+        speeds=tuple(draw(st.lists(st.sampled_from([0.3, 1.0, 5.0]), min_size=sum(sizes), max_size=sum(sizes)))),
+    )
+    overhead = draw(st.sampled_from([0.0, 0.7]))
+    testbed = dataclasses.replace(
+        testbed, devices=tuple(dataclasses.replace(d, kernel_overhead_s=overhead) for d in testbed.devices)
+    )
+    costs = chain(len(sizes), parameters=draw(st.sampled_from([0, 84, 840])) + 6, tied=draw(st.booleans()))
+    one = costs.units[0].forward._replace(kernels=costs.units[0].forward.matmul._replace(fixed=1.0, per_row=0.0))
+    costs = dataclasses.replace(
+        costs, units=tuple(dataclasses.replace(unit, forward=one, backward=one) for unit in costs.units)
+    )
+    edges = [0, *itertools.accumulate(sizes)]
+    stages = [
+        Stage((p, p + 1), testbed.names[edges[p] : edges[p + 1]], tuple(map(float, share)))
+        for p, share in enumerate(shares)
+    ]
+    warmup = sorted(draw(st.lists(st.integers(1, 9), min_size=len(sizes), max_size=len(sizes))), reverse=True)
+    batch = draw(st.integers(1, 12))
+    samples = batch * draw(st.integers(1, 4)) + draw(st.integers(0, batch - 1))
+    clip = draw(st.sampled_from([None, 1.0]))
+    epochs = draw(st.integers(1, 2))
+    load = Workload("toy", "toy", num_samples=samples, batch_size=batch, epochs=epochs, clip_norm=clip)
+    return load, costs, testbed, stages, lambda count: warmup
+
+
+@given(searches())
+def test_no_plan_is_faster_than_its_bound_and_the_search_finds_the_fastest(asked):
+    load, costs, testbed, stages, warmup = asked
+    pipeline = Pipeline(costs, tuple(stages), clip=load.clip_norm is not None)
+
+    def made(option):
+        return plan_pipeline("toy", load, costs, testbed, lambda _: (stages, warmup), {"micro_batch_size": option})
+
+    def seconds(plan):
+        return weighted_seconds(plan, estimate(plan, costs, testbed))
+
+    found = [made(size) for size in micro_batch_sizes(load.batch_size)]
+    for plan in found:
+        size = plan.summary["micro_batch_size"]
+        assert least_seconds(pipeline, load, size, warmup, testbed) <= seconds(plan)
+    best = fastest([lambda plan=plan: plan for plan in found], costs, testbed)
+    assert made(None).summary["micro_batch_size"] == best.summary["micro_batch_size"]
+
+
+def test_a_bound_is_the_time_of_a_device_alone_but_for_its_update():
+    costs, testbed = chain(1), cluster(1)
+    pipeline = Pipeline(costs, (Stage((0, 1), testbed.names, (1.0,)),))
+    assert least_seconds(pipeline, WORKLOAD, 4, lambda _: [1], testbed) == pytest.approx(2 * 16 * 3)
