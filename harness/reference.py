@@ -53,6 +53,18 @@ class Reference:
         return state(self.layered.root, [self.optimizer])
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute as devices do: several threads would add up in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@_one_thread()
 def train(plan: Plan, workload: Workload, dataset: Dataset) -> Reference:
     """Train as the plan says, on one device, with weights as stale as the plan has them."""
     layered = models.build(workload)
