@@ -30,6 +30,7 @@ from harness.plan import Phase, Plan
 from harness.plan.updates import Computed, Weights, follow_updates, lowest
 from harness.plan.values import Range
 from harness.samples import Dataset
+from harness.threads import one_thread
 from harness.workload import Workload
 
 #: `Layered.run` of the first and last unit, the values that are known, and what is called with each unit's name.
@@ -53,18 +54,7 @@ class Reference:
         return state(self.layered.root, [self.optimizer])
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute as devices do: several threads would add up in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@_one_thread()
+@one_thread()
 def train(plan: Plan, workload: Workload, dataset: Dataset) -> Reference:
     """Train as the plan says, on one device, with weights as stale as the plan has them."""
     layered = models.build(workload)

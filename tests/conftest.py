@@ -10,7 +10,7 @@ import os
 
 from hypothesis import settings
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)

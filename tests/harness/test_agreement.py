@@ -13,7 +13,7 @@ from harness.optimizers import optimizer_for
 from harness.profile.measure import LOCAL, measure_units
 from harness.simulator import simulate
 from testbeds.library import load
-from tests.harness.test_engine import GLUE, IMAGES, TEXT, needs_glue, single_thread  # noqa: F401
+from tests.harness.test_engine import GLUE, IMAGES, TEXT, needs_glue
 
 pytestmark = pytest.mark.benchmark  # two timings are compared, so nothing else should run beside it
 ROUNDS = 15

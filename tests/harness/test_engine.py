@@ -14,7 +14,6 @@ from baselines import eddl, gpipe, standalone
 from harness import datasets, engine, models, profile, reference
 from harness.datasets import batches
 from harness.simulator import simulate
-from harness.threads import one_thread
 from harness.workload import Workload
 from tests.harness.engine.devices import run_devices
 from tests.harness.engine.test_dropout import Recorded, Replayed
@@ -45,12 +44,6 @@ IMAGES = Workload(
     learning_rate=0.05,
     optimizer="sgd-momentum",
 )
-
-
-@pytest.fixture(autouse=True)
-def single_thread():
-    with one_thread():
-        yield
 
 
 def plan_for(workload: Workload, micro_batch_size: int | None = None):

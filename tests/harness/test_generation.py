@@ -22,7 +22,6 @@ from harness.plan.graph import InvalidPlan
 from harness.plan.validate import validate
 from harness.sharded import HYBRID, SEQUENCE, TENSOR, Shares
 from harness.simulator import simulate
-from harness.threads import one_thread
 from harness.workload import Workload
 from tests.harness.engine import devices
 from tests.harness.engine.devices import outcomes
@@ -40,12 +39,6 @@ SCHEMES = (
     (SEQUENCE, {}, 3),
     (HYBRID, {"overlap": True, "embeddings": "everywhere"}, 3),
 )
-
-
-@pytest.fixture(autouse=True)
-def alone() -> object:
-    with one_thread():
-        yield
 
 
 def generating(model: str, rows: int = 1, new_tokens: int = NEW, **options: object) -> Workload:

@@ -22,7 +22,6 @@ from harness.plan.serial import from_json, to_json
 from harness.plan.validate import validate
 from harness.sharded import HYBRID, SCHEMES, SEQUENCE, TENSOR, Shares, even_shares, plan_sharded, shared_block
 from harness.simulator import simulate
-from harness.threads import one_thread
 from harness.workload import Workload
 from tests.harness.engine import devices
 from tests.harness.engine.devices import outcomes, run_devices
@@ -44,12 +43,6 @@ class Given:
 
     def batch(self, sample_ids: Sequence[int]) -> dict[str, Tensor]:
         return {name: tensor[torch.as_tensor(sample_ids)] for name, tensor in self.values.items()}
-
-
-@pytest.fixture(autouse=True)
-def alone() -> object:
-    with one_thread():
-        yield
 
 
 def requests(model: str, rows: int, **options: object) -> Workload:

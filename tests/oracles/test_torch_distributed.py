@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -18,7 +17,6 @@ from safetensors.torch import load_file
 from baselines import eddl, gpipe, pipedream_1f1b
 from harness import datasets, models, profile, reference, samples
 from harness.plan import Plan
-from harness.threads import one_thread
 from harness.workload import Workload
 from tests.harness.engine.devices import run_devices
 from tests.harness.toys import cluster
@@ -39,12 +37,6 @@ WORKLOAD = Workload(
     optimizer="sgd-momentum",
     learning_rate=0.05,
 )
-
-
-@pytest.fixture(autouse=True)
-def single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @cache

@@ -16,7 +16,6 @@ from harness import adapters, datasets, models, reference, runner
 from harness.errors import Broken, OrreryError
 from harness.experiment import expand, one
 from harness.fleet.job import trained_parameters
-from harness.threads import one_thread
 from harness.workload import Workload
 from tests.testbeds.processes import nothing_left, own_folders
 
@@ -60,8 +59,7 @@ def test_what_a_run_has_trained_computes_on_a_plain_model(case: str, own_folders
     request = one(asked, {}, options)
     _, plan = runner.make_plan(request)
     data = datasets.load(request.workload)
-    with one_thread():
-        wanted = reference.train(plan, request.workload, data).layered
+    wanted = reference.train(plan, request.workload, data).layered
     new = models.build(request.workload).root
     theirs = models.build(replace(request.workload, technique="full", technique_options=None)).root
     frozen = {n.replace(".base_layer", ""): p for n, p in new.named_parameters() if not p.requires_grad}

@@ -16,7 +16,6 @@ from harness import datasets, profile, reference
 from harness.engine.checkpoint import Progress, epoch_ends, path_of
 from harness.errors import OrreryError
 from harness.plan import Plan
-from harness.threads import one_thread
 from harness.transport import Transport
 from harness.workload import Workload
 from systems import pac
@@ -40,12 +39,6 @@ IMAGES = Workload(
     optimizer="sgd-momentum",
     dtype="float64",
 )
-
-
-@pytest.fixture(autouse=True)
-def alone() -> object:
-    with one_thread():
-        yield
 
 
 def planned(method: ModuleType, workload: Workload, num_devices: int, **options: object) -> Plan:

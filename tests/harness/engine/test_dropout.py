@@ -6,7 +6,7 @@ import hashlib
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,12 @@ from harness.engine.dropout import BLOCK, KeyedDropout, kept
 from harness.errors import Unsupported
 from harness.models.layered import Layered
 from harness.profile.track import storage_id
-from harness.threads import one_thread
 from tests.harness.models import text_oracle
 from tests.harness.profile.tiny import IMAGE, TEXT, batch, workload
 
 ROOT = Path(__file__).parents[3]
 IDS = (17, 3, 9, 40, 4)
 STEP = 7
-
-
-@pytest.fixture(autouse=True)
-def single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def dropped(x: Tensor, ids: Any = IDS, step: int = STEP, unit: str = "layer.0.head", seed: int = 0, **o: Any) -> Tensor:

@@ -8,7 +8,6 @@ by more than 1e-5 in the oracle itself; float64 shows that they are equal.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -23,7 +22,6 @@ from harness.plan import Plan
 from harness.plan.serial import from_json, to_json
 from harness.plan.validate import validate
 from harness.schedules import Stage
-from harness.threads import one_thread
 from harness.workload import Workload
 from tests.harness.engine.devices import by_hand, run_devices
 from tests.harness.engine.equality import assert_buffers, assert_equal, assert_reported, layered_stages, simulated
@@ -61,12 +59,6 @@ IMAGES = Workload(
     optimizer="sgd-momentum",
     learning_rate=0.05,
 )
-
-
-@pytest.fixture(autouse=True)
-def single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

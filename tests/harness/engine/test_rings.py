@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from harness.engine.worker import Iteration
 from harness.plan import Action, Collective, Combine, Free, Phase, Plan, Shard, Value
 from harness.plan import Tensor as Shape
 from harness.plan.collectives import share_ranges
-from harness.threads import one_thread
 from harness.workload import Workload
 from tests.harness.engine.devices import run_devices
 
@@ -23,12 +21,6 @@ WORKLOAD = Workload("bert-tiny", "synthetic", num_samples=4, batch_size=2, seq_l
 EMBEDDING = (0, 1)
 DEVICES = tuple(f"device{i}" for i in range(3))
 WEIGHTS, X = Value("weights@0:1"), Value("x")
-
-
-@pytest.fixture(autouse=True)
-def single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ it. `harness.reference` follows the versions that the plan names, in the pieces 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +29,6 @@ from harness.plan.validate import validate
 from harness.schedules import Stage
 from harness.simulator import own_seconds, simulate
 from harness.stashing import StashingPipeline, rounds
-from harness.threads import one_thread
 from harness.workload import Workload
 from tests.harness.engine.devices import Trained, run_devices
 from tests.harness.engine.test_checkpoint import assert_same, everything
@@ -40,12 +39,6 @@ from tests.harness.toys import cluster
 LONG = replace(TEXT, num_samples=52, steps=None, epochs=2, dtype="float64")
 MOST, FIRST = 5, 4
 STRAIGHT = [(2, (1,)), (1, (1,)), (0, (1,))]
-
-
-@pytest.fixture(autouse=True)
-def single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ round, less the learning rate times the sum of the gradients whose updates are d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +26,6 @@ from harness.plan.validate import validate
 from harness.schedules import Stage
 from harness.simulator import own_seconds, simulate
 from harness.stashing import rounds
-from harness.threads import one_thread
 from harness.waves import Waves
 from harness.workload import Workload
 from tests.harness.engine.devices import run_devices
@@ -40,12 +38,6 @@ from tests.harness.toys import cluster
 #: Ten mini-batches an epoch, the last of four rows: in a round of its own, in which one worker alone computes.
 TEXTS = replace(TEXT, num_samples=76, steps=None, epochs=2, seq_len=8, dtype="float64", optimizer="sgd")
 MOST, FIRST = 9, 9
-
-
-@pytest.fixture(autouse=True)
-def single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

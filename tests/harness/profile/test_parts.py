@@ -13,17 +13,10 @@ from harness.models import build
 from harness.plan.pieces import TOKENWISE
 from harness.profile import parts
 from harness.profile.measure import LOCAL, on_this_machine
-from harness.threads import one_thread
 from harness.workload import Workload
 from testbeds import library
 
 LOAD = Workload("gpt2-tiny", "synthetic", 2, 1, technique="inference", seq_len=24, new_tokens=3)
-
-
-@pytest.fixture(autouse=True)
-def alone() -> object:
-    with one_thread():
-        yield
 
 
 def test_a_part_takes_its_fixed_share_and_its_part_of_the_rest() -> None:

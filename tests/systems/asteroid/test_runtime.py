@@ -6,7 +6,7 @@ piece has few values per channel, and in float32 the oracle itself hangs on the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from harness.plan.serial import from_json, to_json
 from harness.plan.validate import validate
 from harness.schedules import Pipeline, Stage
 from harness.simulator import simulate
-from harness.threads import one_thread
 from harness.trace import Trace
 from harness.workload import Workload
 from systems import asteroid
@@ -60,12 +59,6 @@ THREE_ONE_TWO = ((5, 2, 1), (1,), (3, 5))
 TWO_THREE = ((3, 5), (5, 2, 1))
 ONE_FOUR = ((1,), (4, 2, 1, 1))
 Shares = tuple[tuple[float, ...], ...]
-
-
-@pytest.fixture(autouse=True)
-def alone() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def rule(stages: int, count: int) -> list[int]:

@@ -23,7 +23,6 @@ from harness.plan.storage import check_storage
 from harness.plan.validate import validate
 from harness.schedules import Stage
 from harness.simulator import simulate
-from harness.threads import one_thread
 from harness.workload import Workload
 from systems import pac
 from tests.harness.engine.devices import by_hand, run_devices
@@ -50,12 +49,6 @@ def planned(workload: Workload, grouping: str, micro_batch_size: int = 4, **opti
     plan = pac.plan(workload, costs, devices, asked)
     validate(plan, costs)
     return plan, costs
-
-
-@pytest.fixture(autouse=True)
-def alone() -> object:
-    with one_thread():
-        yield
 
 
 GROUPINGS = ["2", "1-1", "2-2", "2-1-1", "1-2", "1-1-2", "2-3"]
