@@ -8,7 +8,6 @@ the round in which it happened, the run is where it would have been.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import product
 from statistics import median
 
 import pandas as pd
@@ -79,7 +78,7 @@ def _row(run: Record, recovery: Recovery) -> dict[str, object]:
         "testbed": run.testbed,
         "mode": run.mode,
         "failure": recovery.fault,
-        "recovery": _how(run),
+        "recovery": how(run),
         **{column: getattr(recovery, field) for column, field in SECONDS.items()},
         "recovery, s": took_s(recovery),
         "caught up, s": caught_up_s(recovery),
@@ -88,35 +87,40 @@ def _row(run: Record, recovery: Recovery) -> dict[str, object]:
     }
 
 
-def _how(run: Record) -> str:
+def how(run: Record) -> str:
     """The kind of recovery, as the method's options have it."""
     kind = str(run.method_options.get("recovery", run.method))
     collector = run.method_options.get("collector")
     return kind if collector is None or kind == LIGHTWEIGHT else f"{kind}, {collector} collects"
 
 
+def times_as_long(
+    records: Sequence[Record], seconds: Callable[[Recovery], float | None] = caught_up_s
+) -> Iterator[tuple[Record, float]]:
+    """Of every failure that was run with lightweight recovery, too: the run with another one, and how many times as
+    long that took."""
+    runs = [record for record in members(records) if record.recovery]
+    light = {_failure(run): run for run in runs if how(run) == LIGHTWEIGHT}
+    for run in runs:
+        ours, theirs = _total(light.get(_failure(run)), seconds), _total(run, seconds)
+        if how(run) != LIGHTWEIGHT and ours is not None and theirs is not None:
+            yield run, theirs / ours
+
+
+def _failure(run: Record) -> tuple[object, ...]:
+    return run.model, run.testbed, run.mode, run.inject
+
+
 def _ratios(runs: Sequence[Record]) -> Iterator[dict[str, object]]:
     """Of each model on each testbed in each mode, over the failures that both kinds of recovery were run on."""
-    found: dict[tuple[str, str, str], dict[str, dict[str, Record]]] = {}
-    for run in runs:
-        failures = found.setdefault((run.model, run.testbed, run.mode), {})
-        failures.setdefault(run.inject or "", {})[_how(run)] = run
-    for (model, testbed, mode), failures in found.items():
-        others = dict.fromkeys(kind for kinds in failures.values() for kind in kinds if kind != LIGHTWEIGHT)
-        for other, (what, seconds) in product(others, (("recovery", took_s), ("caught up", caught_up_s))):
-            ratios = []
-            for kinds in failures.values():
-                heavy, light = (_total(kinds.get(kind), seconds) for kind in (other, LIGHTWEIGHT))
-                if heavy is not None and light is not None:
-                    ratios.append(heavy / light)
-            if ratios:
-                about = {"model": model, "testbed": testbed, "mode": mode, "recovery": other, "of": what}
-                yield about | {
-                    "failures": len(ratios),
-                    "median": median(ratios),
-                    "least": min(ratios),
-                    "most": max(ratios),
-                }
+    found: dict[tuple[str, str, str, str, str], list[float]] = {}
+    for what, seconds in (("recovery", took_s), ("caught up", caught_up_s)):
+        for run, ratio in times_as_long(runs, seconds):
+            found.setdefault((run.model, run.testbed, run.mode, how(run), what), []).append(ratio)
+    for (model, testbed, mode, other, what), ratios in found.items():
+        about = {"model": model, "testbed": testbed, "mode": mode, "recovery": other, "of": what}
+        spread = {"median": median(ratios), "least": min(ratios), "most": max(ratios)}
+        yield {**about, "failures": len(ratios), **spread}
 
 
 def _total(run: Record | None, seconds: Callable[[Recovery], float | None]) -> float | None:

@@ -86,7 +86,7 @@ def _blocks(records: Sequence[Record], folder: Path) -> Iterator[Block]:
     yield from _latency(whole)
     yield from _throughput(trained, folder)
     yield from _scaling(whole)
-    yield from _claims(whole)
+    yield from _claims(records)
     if recovered := list(recovery.tables(lost)):
         yield Heading(2, "Devices that were lost")
         yield from recovered

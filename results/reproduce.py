@@ -73,11 +73,12 @@ def texts(names: Sequence[str], records: Sequence[Record], out: Path) -> Iterato
     if records:
         yield show.records_table(records)
     whole = [record for record in records if record.inject is None]
-    for part in ("agreement", "scores", "quality", "latency", "throughput", "scaling", "system_claims"):
+    for part in ("agreement", "scores", "quality", "latency", "throughput", "scaling"):
         if text := load_results(part).text(whole):
             yield text
-    if text := load_results("recovery").text(records):
-        yield text
+    for part in ("system_claims", "recovery"):
+        if text := load_results(part).text(records):
+            yield text
     if VALIDATION in _chosen(names):
         yield load_results("validation").text(out)
 

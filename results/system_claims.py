@@ -15,7 +15,7 @@ import pandas as pd
 
 from harness.experiment import COMPUTED
 from harness.records import Record
-from results import scaling
+from results import recovery, scaling
 from results.grids import defaults
 from results.settings import COMMON
 from results.tables import Table
@@ -86,7 +86,8 @@ def _ours(system: str, claim: Claim, records: Sequence[Record]) -> Iterator[Foun
     if claim["take"] == "efficiency":
         yield from _efficiencies(system, claim, records)
         return
-    found = sorted(_ratios(system, claim, records), key=lambda found: found.value)
+    ratios = _recoveries(claim, records) if claim["take"] == "recovery" else _ratios(system, claim, records)
+    found = sorted(ratios, key=lambda found: found.value)
     if found and claim["take"] == "range":
         yield found[0]
     if found:
@@ -100,7 +101,7 @@ def _ratios(system: str, claim: Claim, records: Sequence[Record]) -> Iterator[Fo
         run
         for run in records
         if getattr(run, claim["of"])
-        and (run.mode, run.new_tokens) == (COMPUTED, None)
+        and (run.mode, run.new_tokens, run.inject) == (COMPUTED, None, None)
         and any(fnmatchcase(run.testbed, name) for name in claim["testbeds"])
         and _stands(run, options)
     ]
@@ -109,6 +110,13 @@ def _ratios(system: str, claim: Claim, records: Sequence[Record]) -> Iterator[Fo
         if run.method in claim["methods"] and (ours := own.get(_place(run))) is not None:
             ratio = getattr(run, claim["of"]) / getattr(ours, claim["of"])
             yield Found(ratio, f"{run.method}, {run.model} on {run.testbed}")
+
+
+def _recoveries(claim: Claim, records: Sequence[Record]) -> Iterator[Found]:
+    """How many times as long it took the others to catch up after a failure."""
+    for run, ratio in recovery.times_as_long(records):
+        if run.mode == COMPUTED and any(fnmatchcase(run.testbed, name) for name in claim["testbeds"]):
+            yield Found(ratio, f"{run.inject}, {recovery.how(run)}, {run.model} on {run.testbed}")
 
 
 def _stands(record: Record, options: Mapping[str, Mapping[str, object]]) -> bool:
@@ -124,7 +132,11 @@ def _place(record: Record) -> tuple[object, ...]:
 def _efficiencies(system: str, claim: Claim, records: Sequence[Record]) -> Iterator[Found]:
     """Weak scaling with the fewest tokens per device that were run, on the claim's boards."""
     options = load(system)["options"]
-    runs = [run for run in records if (run.method, run.mode) == (system, COMPUTED) and _stands(run, options)]
+    runs = [
+        run
+        for run in records
+        if (run.method, run.mode, run.inject) == (system, COMPUTED, None) and _stands(run, options)
+    ]
     for group in scaling.groups(runs):
         if claim["boards"] not in {run.testbed for run in group.records}:
             continue
