@@ -508,7 +508,7 @@ class _Events:
     def undo(self) -> None:
         """Links are again what they were."""
         for event in self.happened:
-            if not self.machine.broken:
+            if not self.machine.broken and event.device not in self.machine.fleet.gone:
                 assert self.links is not None
                 self.machine.order("link", event.device, up=True)
                 self.machine.order("rate", event.device, mbit_per_s=self.links.nominal_mbit_per_s[event.device])

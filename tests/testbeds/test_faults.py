@@ -129,7 +129,10 @@ def test_without_the_only_copy_the_run_ends_and_says_so(bed: Bed) -> None:
         bed.run("crash device1 at step 4; crash device0 at step 5")
 
 
-def test_with_resume_it_says_where_the_last_checkpoint_is(tmp_path: Path) -> None:
+def test_with_resume_it_says_where_the_last_checkpoint_is(
+    bed: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner.Testbeds, "execute", lambda self, request: bed.execute)  # it is open
     asked = {**ASKED, "testbed": "local-4", "inject": "crash device3 at step 7; crash device0 at step 8"}
     del asked["steps"]
     asked |= {"num_samples": 40, "epochs": 3}

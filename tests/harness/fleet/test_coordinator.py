@@ -48,7 +48,7 @@ class Crews(contextlib.ExitStack):
         self.crew: Crew | None = None
 
     def whole(self) -> Crew:
-        if self.crew is None or self.crew.fleet.broken:
+        if self.crew is None or self.crew.fleet.broken or self.crew.fleet.gone:
             self.close()
             supervisors = self.enter_context(crew(["device0", "device1", "device2"], patience_s=TIMEOUT_S))
             fleet = Fleet({name: channel for name, (_, channel) in supervisors.items()}, TIMEOUT_S)
@@ -155,13 +155,13 @@ def test_barriers_are_passed_together(three: Crew) -> None:
         three.run("barriers 3 0.1", "barriers 3 0", "barriers 3 0.05")
 
 
-def test_a_dead_supervisor_breaks_the_fleet(three: Crew) -> None:
+def test_a_dead_supervisor_is_gone_and_no_other(three: Crew) -> None:
     timer = threading.Timer(0.3, os.kill, (three.pids["device1"], signal.SIGKILL))
     timer.start()
     with within(1.5), pytest.raises(Lost, match=r"^device1: its supervisor is gone$"):
         three.run("steps 1 15", "steps 1 15", "steps 1 15")
     timer.join(5)
-    assert three.fleet.broken
+    assert three.fleet.gone == {"device1"} and not three.fleet.broken
     os.kill(three.pids["device0"], 0)  # lives
 
 
