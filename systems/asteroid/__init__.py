@@ -6,7 +6,7 @@ Devices, MobiCom 2024. Its equations are known from independent re-implementatio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from harness.cluster import Cluster
 from harness.costs import Costs
@@ -14,7 +14,7 @@ from harness.errors import OrreryError, unknown_name
 from harness.plan import Plan
 from harness.recovery import FULLEST, Change, Resumed, resumed, stages_of
 from harness.replication import replicated
-from harness.schedules import micro_batches
+from harness.schedules import Stage, micro_batches
 from harness.search import plan_pipeline
 from harness.workload import Workload
 from systems.asteroid.layouts import ASTEROID, BALANCED, PAPER, PLANNED, layouts
@@ -79,10 +79,7 @@ def replan(
     if options["recovery"] == LIGHTWEIGHT and not change.joined:
         found = lightweight(workload, costs, rest, before, change, size)
     after, warmup = layouts(workload, costs, rest, options)(size) if found is None else found
-    if not forced and all(
-        (one.units, one.devices, one.rows(size)) == (other.units, other.devices, other.rows(size))
-        for one, other in zip(after, before, strict=True)
-    ):
+    if not forced and _alike(after, size) == _alike(before, size):
         return None
     period = _period(options)
     assert period is not None, "a plan with snapshots has a period"
@@ -105,6 +102,11 @@ def _stages_for(options: Mapping[str, object], cluster: Cluster) -> Mapping[str,
     """The options, where there may be fewer devices than stages were asked for."""
     stages = options["stages"]
     return {**options, "stages": min(stages, len(cluster.devices))} if isinstance(stages, int) else options
+
+
+def _alike(stages: Sequence[Stage], size: int) -> list[tuple[object, ...]]:
+    """The same for stages that do the same with micro-batches of that size."""
+    return [(stage.units, stage.devices, stage.rows(size)) for stage in stages]
 
 
 def _collector(options: Mapping[str, object], cluster: Cluster) -> str:

@@ -289,6 +289,18 @@ def test_a_straggler_gets_less_to_do_at_the_next_snapshot_if_that_is_wanted() ->
     assert not run(plan, COSTS, BOARDS, barely, watched, 3.0)[1], "less than what was asked for"
 
 
+def test_for_a_straggler_there_may_be_another_number_of_stages() -> None:
+    faults = faults_of("slow 9x device3 at step 5", BOARDS.names)
+    watching = {**OPTIONS, "straggler": 1.5, "recovery": "heavy", "stages": 2}
+
+    def watched(boards: Cluster, change: Change) -> Resumed | None:
+        return asteroid.replan(WORKLOAD, COSTS, boards, watching, change)
+
+    trace, (found,), _ = run(by_hand(), COSTS, BOARDS, faults, watched, 3.0)  # it has three
+    assert (found["in_round"], found["back_to_round"]) == (5, 8)
+    assert set(trace.devices) == set(BOARDS.names)
+
+
 def test_what_never_happens_is_refused() -> None:
     never = ("crash device0 at step 25", "crash device0 at step 3 during all-reduce", "leave device0 at step 25")
     for text in never:
