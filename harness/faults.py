@@ -17,7 +17,7 @@ CRASH, HANG, CUT, SLOW, LEAVE, JOIN = KINDS = ("crash", "hang", "cut", "slow", "
 LOSSES = (CRASH, HANG, CUT)
 #: Of a round: a pass, the sums of gradients over a group, the update; or the copying and sending of a snapshot.
 MOMENTS = ("forward", "backward", "all-reduce", "update", "replication")
-#: A device that is not heard of for so long is lost, where its testbed says nothing else.
+#: A device that is not heard of for so long is lost, where its testbed says nothing else. Assumed, as is the next one.
 HEARTBEAT_TIMEOUT_S = 3.0
 #: How far a device must be from the time that a plan gives it, to be told from what varies by itself.
 NOTICED = 1.25

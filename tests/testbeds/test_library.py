@@ -263,6 +263,7 @@ def test_own_file(tmp_path: Path) -> None:
         ('duplex = "half"', 'duplex = "halve"', ["link.duplex", "'halve'", "full, half, shared", "'half'"]),
         ('duplex = "half"', "duplex = half", ["mine.toml", "line 11"]),
         ('["simulated"]', '["simulated"]\ncomputing = "fast"', ["computing", "'fast'", "paced, quota"]),
+        ('["simulated"]', '["simulated"]\nheartbeat_timeout_s = 0.1', ["heartbeat_timeout_s", "at least 0.6"]),
         ("value = 1000", "value = 0", ["link.nominal_mbit_per_s.value", "above 0"]),
         ("value = 1000", 'value = "fast"', ["link.nominal_mbit_per_s.value", "'fast'", "a number"]),
         ("value = 1000", "value = true", ["link.nominal_mbit_per_s.value", "a number"]),
