@@ -136,12 +136,16 @@ def energy(trace: Trace, cluster: Cluster) -> dict[str, Any]:
 def repeated(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Several measurements of the same run as one: median and interquartile range of each number in `REPEATED`.
 
-    What has parts (phases, memory, energy per device) is that of the run whose total time is the (lower) median.
+    What has parts (phases, memory, energy per device) is that of the run whose total time is the (lower) median. Each
+    number of a recovery is the median of all.
     """
     totals = [run["total_time_s"] for run in runs]
     merged: dict[str, Any] = dict(runs[totals.index(statistics.median_low(totals))])
     if len(runs) == 1:
         return merged
+    recoveries = [run.get("recovery") or [] for run in runs]
+    if merged.get("recovery") and len({len(of_run) for of_run in recoveries}) == 1:
+        merged["recovery"] = [_typical(each) for each in zip(*recoveries, strict=True)]
     iqr: dict[str, float] = {}
     for name in REPEATED:
         values = [run[name] for run in runs if run.get(name) is not None]
@@ -149,3 +153,15 @@ def repeated(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             low, merged[name], high = statistics.quantiles(values, n=4, method="inclusive")
             iqr[name] = high - low
     return {**merged, "iqr": iqr, "repeats": len(runs)}
+
+
+def _typical(recoveries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One recovery as it went in several runs: the median of each number that all of them have, and how far its
+    quartiles are apart."""
+    merged, iqr = dict(recoveries[0]), dict[str, float]()
+    for name in (name for name, value in merged.items() if isinstance(value, float)):
+        values = [recovery[name] for recovery in recoveries]
+        if None not in values:
+            low, merged[name], high = statistics.quantiles(values, n=4, method="inclusive")
+            iqr[name] = high - low
+    return {**merged, "iqr": iqr}

@@ -82,6 +82,9 @@ class Recovery(Part):
     moved_bytes: int | None
     throughput_before_samples_per_s: float | None = Field(description="null where no round was over")
     throughput_after_samples_per_s: float | None = Field(description="null where no round is left")
+    iqr: dict[str, float] | None = Field(
+        default=None, description="interquartile range of each number over the repeats, of which the median is given"
+    )
 
 
 class AssumedConstant(Part):

@@ -59,7 +59,7 @@ def tables(records: Sequence[Record]) -> Iterator[Table]:
     numbers = dict.fromkeys((*SECONDS, *RATES, "recovery, s", "caught up, s", "moved, MB"), significant)
     notes = (
         "Recovery: planning, regrouping and transfers. Caught up: with the rounds that are done again, too. In virtual "
-        "time planning takes none.",
+        "time planning takes none. Of several runs each number is the median.",
     )
     yield Table("recovery", "Devices that were lost, and how runs went on", pd.DataFrame(rows), numbers, 5, notes)
     ratios = list(_ratios(runs))
@@ -79,6 +79,7 @@ def _row(run: Record, recovery: Recovery) -> dict[str, object]:
         "mode": run.mode,
         "failure": recovery.fault,
         "recovery": how(run),
+        "runs": run.repeats,
         **{column: getattr(recovery, field) for column, field in SECONDS.items()},
         "recovery, s": took_s(recovery),
         "caught up, s": caught_up_s(recovery),

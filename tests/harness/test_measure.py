@@ -67,6 +67,21 @@ def test_energy_is_gross_and_net_and_adds_up_over_devices() -> None:
     assert "energy_j" not in measure(trace(), TRAINING, cluster(idle_w=None))
 
 
+def test_repeats_give_the_median_of_each_phase_of_a_recovery() -> None:
+    transfers, replans, totals = [1.0, 5.0, 3.0], [0.4, 0.1, 0.2], [10.0, 30.0, 20.0]
+    runs = [
+        {"total_time_s": total, "recovery": [{"device": "d0", "replan_s": replan, "transfer_s": transfer}]}
+        for total, replan, transfer in zip(totals, replans, transfers, strict=True)
+    ]
+    (recovery,) = repeated(runs)["recovery"]
+    assert recovery == {
+        "device": "d0",
+        "replan_s": 0.2,
+        "transfer_s": 3.0,
+        "iqr": {"replan_s": pytest.approx(0.15), "transfer_s": 2.0},
+    }
+
+
 def test_repeats_give_medians_and_interquartile_ranges() -> None:
     totals = [10.0, 14.0, 11.0, 30.0, 12.0]
     merged = repeated([measure(trace(total), TRAINING, cluster()) for total in totals])
