@@ -7,7 +7,7 @@ the round in which it happened, the run is where it would have been.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 
 import pandas as pd
@@ -55,13 +55,13 @@ def tables(records: Sequence[Record]) -> Iterator[Table]:
     runs = [record for record in members(records) if record.recovery]
     if not runs:
         return
-    rows = [_row(run, recovery) for run in runs for recovery in run.recovery or ()]
+    rows = sorted((_row(run, recovery) for run in runs for recovery in run.recovery or ()), key=_order)
     numbers = dict.fromkeys((*SECONDS, *RATES, "recovery, s", "caught up, s", "moved, MB"), significant)
     notes = (
         "Recovery: planning, regrouping and transfers. Caught up: with the rounds that are done again, too. In virtual "
         "time planning takes none. Of several runs each number is the median.",
     )
-    yield Table("recovery", "Devices that were lost, and how runs went on", pd.DataFrame(rows), numbers, 5, notes)
+    yield Table("recovery", "Devices that were lost, and how runs went on", pd.DataFrame(rows), numbers, 7, notes)
     ratios = list(_ratios(runs))
     if ratios:
         title = f"How many times as long other recovery takes as {LIGHTWEIGHT}"
@@ -69,7 +69,7 @@ def tables(records: Sequence[Record]) -> Iterator[Table]:
         notes = (
             "Where nothing has to move, lightweight recovery is but new connections, and in virtual time no plan.",
         )
-        yield Table("recovery-ratios", title, pd.DataFrame(ratios), columns | {"failures": "{:.0f}".format}, 5, notes)
+        yield Table("recovery-ratios", title, pd.DataFrame(ratios), columns | {"failures": "{:.0f}".format}, 6, notes)
 
 
 def _row(run: Record, recovery: Recovery) -> dict[str, object]:
@@ -80,12 +80,17 @@ def _row(run: Record, recovery: Recovery) -> dict[str, object]:
         "failure": recovery.fault,
         "recovery": how(run),
         "runs": run.repeats,
+        "replayed rounds": recovery.in_round - recovery.back_to_round,
         **{column: getattr(recovery, field) for column, field in SECONDS.items()},
         "recovery, s": took_s(recovery),
         "caught up, s": caught_up_s(recovery),
         "moved, MB": None if recovery.moved_bytes is None else recovery.moved_bytes / 1e6,
         **{column: getattr(recovery, field) for column, field in RATES.items()},
     }
+
+
+def _order(row: Mapping[str, object]) -> tuple[str, ...]:
+    return tuple(str(row[column]) for column in ("model", "testbed", "mode", "replayed rounds", "failure", "recovery"))
 
 
 def how(run: Record) -> str:
@@ -109,19 +114,24 @@ def times_as_long(
 
 
 def _failure(run: Record) -> tuple[object, ...]:
-    return run.model, run.testbed, run.mode, run.inject
+    return run.model, run.testbed, run.mode, run.inject, replayed(run)
+
+
+def replayed(run: Record) -> int:
+    """Rounds that were done again because the snapshot was older than the failure."""
+    return sum(recovery.in_round - recovery.back_to_round for recovery in run.recovery or ())
 
 
 def _ratios(runs: Sequence[Record]) -> Iterator[dict[str, object]]:
     """Of each model on each testbed in each mode, over the failures that both kinds of recovery were run on."""
-    found: dict[tuple[str, str, str, str, str], list[float]] = {}
+    found: dict[tuple[str, str, str, str, str, int], list[float]] = {}
     for what, seconds in (("recovery", took_s), ("caught up", caught_up_s)):
         for run, ratio in times_as_long(runs, seconds):
-            found.setdefault((run.model, run.testbed, run.mode, how(run), what), []).append(ratio)
-    for (model, testbed, mode, other, what), ratios in found.items():
+            found.setdefault((run.model, run.testbed, run.mode, how(run), what, replayed(run)), []).append(ratio)
+    for (model, testbed, mode, other, what, rounds), ratios in sorted(found.items()):
         about = {"model": model, "testbed": testbed, "mode": mode, "recovery": other, "of": what}
         spread = {"median": median(ratios), "least": min(ratios), "most": max(ratios)}
-        yield {**about, "failures": len(ratios), **spread}
+        yield {**about, "replayed rounds": rounds, "failures": len(ratios), **spread}
 
 
 def _total(run: Record | None, seconds: Callable[[Recovery], float | None]) -> float | None:

@@ -116,7 +116,8 @@ def _recoveries(claim: Claim, records: Sequence[Record]) -> Iterator[Found]:
     """How many times as long it took the others to catch up after a failure."""
     for run, ratio in recovery.times_as_long(records):
         if run.mode == COMPUTED and any(fnmatchcase(run.testbed, name) for name in claim["testbeds"]):
-            yield Found(ratio, f"{run.inject}, {recovery.how(run)}, {run.model} on {run.testbed}")
+            how = f"{recovery.how(run)}, {recovery.replayed(run)} rounds replayed"
+            yield Found(ratio, f"{run.inject}, {how}, {run.model} on {run.testbed}")
 
 
 def _stands(record: Record, options: Mapping[str, Mapping[str, object]]) -> bool:

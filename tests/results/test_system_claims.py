@@ -126,7 +126,7 @@ def test_recovery_is_compared_failure_by_failure(trained: Callable[..., Record])
     assert claimed(light) == {}
     ((ours, reached, where),) = claimed([*light, *heavy]).values()
     assert (ours, reached) == ("16 x", "reached")
-    assert where == "crash device1 at step 4, heavy, bert-tiny on mix-2nano-2tx2-1nx@145us"
+    assert where == "crash device1 at step 4, heavy, 0 rounds replayed, bert-tiny on mix-2nano-2tx2-1nx@145us"
     assert claimed([*light, heavy[0]])  # and no other claim has runs with failures for its own
 
 
