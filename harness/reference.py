@@ -23,6 +23,7 @@ from torch.func import functional_call
 from harness import models
 from harness.datasets import batches
 from harness.engine.dropout import KeyedDropout
+from harness.models.cuts import Piece
 from harness.models.layered import Layered
 from harness.models.shards import absent
 from harness.optimizers import optimizer_for
@@ -93,8 +94,15 @@ def state(root: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[
     return found
 
 
-def max_rel_error(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], adaptive: bool) -> float:
+def max_rel_error(
+    found: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    adaptive: bool,
+    pieces: Mapping[str, Piece] | None = None,
+) -> float:
     """Largest |found - wanted| / max|wanted| over the tensors; where the gradient is zero, |found - wanted| / 0.1.
+
+    `pieces`: of parameters of which a part was found, which.
 
     adaptive: the optimizer divides by the size of the gradient (AdamW), so that weights magnify noise where it is
     near zero: its moments are compared instead.
@@ -103,9 +111,12 @@ def max_rel_error(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], ada
     for name, tensor in found.items():
         if adaptive != ("/" in name):
             continue
-        theirs = wanted[name]
-        zero = name.partition("/")[0].endswith(ZERO_GRADIENTS)
-        scale = 0.1 if zero else max(theirs.abs().max().item(), 1e-12)
+        if not tensor.numel():  # of a device that has no part of it
+            continue
+        theirs, parameter = wanted[name], name.partition("/")[0]
+        scale = 0.1 if parameter.endswith(ZERO_GRADIENTS) else max(theirs.abs().max().item(), 1e-12)
+        if pieces and parameter in pieces:
+            theirs = pieces[parameter].of(theirs)
         errors.append((tensor - theirs).abs().max().item() / scale)
     return torch.tensor(errors, dtype=torch.float64).max().item()  # unlike Python's max, NaN where one is
 
@@ -205,7 +216,8 @@ def _stages(phase: Phase, m: int) -> list[tuple[Range, list[str]]]:
         stages.setdefault(shard.units, []).append(device)
         if shard.micro_batch_rows[m][0] < shard.micro_batch_rows[m][1]:
             working.add(shard.units)
-    return sorted((units, devices) for units, devices in stages.items() if units in working)
+    inside = {a for a in working for b in working if a != b and b[0] <= a[0] and a[1] <= b[1]}  # shared, and done there
+    return sorted((units, devices) for units, devices in stages.items() if units in working - inside)
 
 
 @contextmanager

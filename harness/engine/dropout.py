@@ -8,9 +8,10 @@ boards would disagree about one sample.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +26,24 @@ from harness.errors import Unsupported
 
 #: Elements drawn at once, an even number: the draws take little memory beside the noise, and stay in cache.
 BLOCK = 1 << 16
+
+
+class Cut(NamedTuple):
+    """The elements [first, last) `of` so many."""
+
+    first: int
+    last: int
+    of: int
+
+
+class Part(NamedTuple):
+    """Which tokens and heads a pass works on; None for all."""
+
+    tokens: Cut | None = None
+    heads: Cut | None = None
+
+
+WHOLE = Part()
 
 
 class KeyedDropout(TorchFunctionMode):
@@ -42,13 +61,15 @@ class KeyedDropout(TorchFunctionMode):
         self.seed = seed
         self.step = 0
         self.sample_ids: tuple[int, ...] = ()
+        self.part = WHOLE
         self.unit: str | None = None
         self.call = 0
 
     @contextmanager
-    def samples(self, step: int, sample_ids: Sequence[int]) -> Iterator[None]:
-        """Tensors that are dropped out inside have these samples as their rows, in this order."""
-        self.step, self.sample_ids, self.unit = step, tuple(sample_ids), None
+    def samples(self, step: int, sample_ids: Sequence[int], part: Part = WHOLE) -> Iterator[None]:
+        """Tensors that are dropped out inside have these samples as their rows, in this order; and of each of them,
+        where layers are shared, a part of its tokens or heads."""
+        self.step, self.sample_ids, self.unit, self.part = step, tuple(sample_ids), None, part
         with self:
             yield
 
@@ -81,7 +102,7 @@ class KeyedDropout(TorchFunctionMode):
             )
         keys = [f"{self.seed} {self.step} {sample} {self.call} {self.unit}" for sample in self.sample_ids]
         self.call += 1
-        noise = _noise(input, keys, p)
+        noise = _noise(input, keys, p, self.part)
         return input.mul_(noise) if inplace else input * noise
 
     def _refuse_fused(
@@ -94,9 +115,17 @@ class KeyedDropout(TorchFunctionMode):
             )
 
 
-def _noise(input: Tensor, keys: Sequence[str], p: float) -> Tensor:
-    """What `input` is multiplied with, on its device."""
-    stay = torch.from_numpy(kept(keys, input[0].numel(), p)).view(input.shape)
+def _noise(input: Tensor, keys: Sequence[str], p: float, part: Part) -> Tensor:
+    """What `input`, [rows, tokens, width] or [rows, heads, tokens, tokens], is multiplied with, on its device.
+
+    Of a part of it what the whole would be multiplied with there.
+    """
+    axes = {1: part.heads, 2: part.tokens} if input.dim() == 4 else {1: part.tokens}
+    cuts = {axis: cut for axis, cut in axes.items() if cut is not None}
+    shape = [cuts[axis].of if axis in cuts else size for axis, size in enumerate(input.shape)]
+    stay = torch.from_numpy(kept(keys, math.prod(shape[1:]), p)).view(shape)
+    for axis, cut in cuts.items():
+        stay = stay.narrow(axis, cut.first, cut.last - cut.first)
     return torch.empty_like(input).copy_(stay.to(input.device)).div_(1 - p)
 
 

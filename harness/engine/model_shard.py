@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-from harness.engine.dropout import KeyedDropout
+from harness.engine.dropout import Cut, KeyedDropout, Part
 from harness.engine.tensors import Bundle
 from harness.errors import OrreryError
 from harness.models.layered import RESULTS, Layered
@@ -316,7 +316,7 @@ class ModelShard:
             if stashed:
                 stack.enter_context(saved_tensors_hooks(Tensor.detach, lambda kept: kept))
             if self.workload.dropout != 0:
-                stack.enter_context(self.masks.samples(step, sample_ids))
+                stack.enter_context(self.masks.samples(step, sample_ids, self._part(action)))
             made = self.layered.run(first, last, values, self.masks.enter, wanted, action.tokens)
         roots = {
             name: get_gradient_edge(tensor)
@@ -325,6 +325,16 @@ class ModelShard:
         }
         outputs = {name: tensor.detach() for name, tensor in made.items() if name not in entering}
         return outputs, Saved(roots, {name: leaf for name, leaf in leaves.items() if leaf.requires_grad})
+
+    def _part(self, action: Compute) -> Part:
+        """The tokens and heads that a pass works on."""
+        unit = self.layered.units[action.units[0]]
+        tokens = self.workload.seq_len
+        cut = None if action.tokens is None or tokens is None else Cut(*action.tokens, tokens)
+        if action.width is None or unit.cut is None:
+            return Part(cut)
+        low, high, of = (edge // unit.cut.granule for edge in (*action.width, unit.cut.width))
+        return Part(cut, Cut(low, high, of))
 
     def _flows(self, name: str, cut: int) -> bool:
         """Whether a gradient comes back for the tensor across the boundary in front of unit `cut`."""

@@ -494,9 +494,9 @@ class Worker:
         outputs, saved = self.shard.forward(
             action, batch, entering, iteration.step + update, ids, phase.decoding, stashed
         )
-        if "loss" in outputs:
+        if "loss" in outputs and not action.replica:
             iteration.losses[update] += outputs["loss"].item()
-        elif "logits" in outputs and self.keeps_answers and not iteration.rehearsal:
+        elif "logits" in outputs and not self.workload.training and self.keeps_answers and not iteration.rehearsal:
             self.answers.append((ids, outputs["logits"]))
         for value in action.writes:
             iteration.values[value] = outputs.get(value.name, saved)

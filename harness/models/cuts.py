@@ -25,6 +25,10 @@ class Piece:
     def length(self) -> int:
         return sum(high - low for low, high in self.ranges)
 
+    def of(self, whole: Tensor) -> Tensor:
+        """The piece of a tensor."""
+        return torch.cat([whole.narrow(self.axis, low, high - low) for low, high in self.ranges], self.axis)
+
     def read(self, file: safe_open, name: str) -> Tensor:
         """The piece of the tensor called `name`; the rest of it is not read."""
         stored = file.get_slice(name)

@@ -68,7 +68,8 @@ class Combine:
 
     A concatenation joins pieces along the one axis in which they differ, in order.
     A square-sum is one number: the sum of the squares of all elements of the values read.
-    With `in_place` the result takes over the memory of the first value read, which is gone.
+    With `in_place` the result takes over the memory of the first value read, which is gone; a sum waits until nobody
+    reads that any more.
     """
 
     op: str

@@ -133,6 +133,8 @@ class _Device:
                 for value in action.reads:
                     self._link(self._find(value, action), node, value)
                 if action.in_place:
+                    if len(action.reads) > 1:
+                        self._wait_for_all(action.reads[0], node)
                     self._take_over(action.reads[0], action.write, node, action)
                 else:
                     self._write(action.write, node, action)
@@ -205,6 +207,13 @@ class _Device:
                 self._write(value, node, action)
             else:
                 self._take_over(before, value, node, action)
+
+    def _wait_for_all(self, value: Value, node: int) -> None:
+        """`node` changes what the value is made of: others, such as a transfer, must have done with it."""
+        for other in self.alive[value].touched if value in self.alive else ():
+            if other not in (_START, node):
+                self.graph.then[other].append(node)
+                self.graph.waits[node] += 1
 
     def _take_over(self, old: Value, new: Value, node: int, action: Action) -> None:
         """`new` takes over the memory of `old`, which is gone."""

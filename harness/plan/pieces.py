@@ -85,8 +85,6 @@ def broken_rule(action: Compute, costs: Costs) -> str:
     if not is_part(action):
         return ""
     units = costs.units[slice(*action.units)]
-    if costs.training:
-        return "only inference can be done by tokens or width"
     whole = next((unit for unit in units if unit.kind not in (*TOKENWISE, CORE)), None)
     if whole is not None:
         return f"{whole.name} can't be done by tokens or width"

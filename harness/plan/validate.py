@@ -14,6 +14,7 @@ from harness.plan.flow import linked
 from harness.plan.gradients import check_gradients
 from harness.plan.graph import InvalidPlan, check_order
 from harness.plan.plan import Phase, Plan
+from harness.plan.shared_gradients import check_shared_gradients, is_shared
 from harness.plan.storage import check_storage
 from harness.plan.sums import check_sums
 from harness.plan.updates import follow_updates
@@ -45,7 +46,9 @@ def validate(plan: Plan, costs: Costs) -> dict[str, int]:
             _check_passes(phase, chain)
             _check_flow(phase, chain)
             check_sums(phase, graph, order, chain)
-        if phase.training and phase.mini_batches:
+        if phase.training and is_shared(phase):
+            check_shared_gradients(phase, plan, graph, order, chain)
+        elif phase.training and phase.mini_batches:
             follow_updates(phase, plan)
         elif phase.training:
             check_gradients(phase, plan)
@@ -159,6 +162,7 @@ def _fill(passes: list[Compute], costs: Costs, number: int, rows: int, where: st
 
 def _check_flow(phase: Phase, costs: Costs) -> None:
     """Each pass reads what the model's units read of each other, for its own rows; joined pieces make a whole."""
+    shared = is_shared(phase)
     for device, actions in phase.actions.items():
         where = f"phase {phase.name!r}: {device}"
         for action in actions:
@@ -166,7 +170,7 @@ def _check_flow(phase: Phase, costs: Costs) -> None:
                 _check_joined(action, costs, where)
             elif isinstance(action, Compute):
                 read = {value._replace(version=0) for value in action.reads}
-                if missing := _needed(action, costs) - read:
+                if missing := _needed(action, costs, shared) - read:
                     raise InvalidPlan(
                         f"{where}: {action.direction} of units {action.units}, micro-batch {action.micro_batch}, "
                         f"does not read {min(missing, key=str)}"
@@ -181,18 +185,23 @@ def _check_joined(action: Combine, costs: Costs, where: str) -> None:
         raise InvalidPlan(f"{where}: {action.write}: {error}") from error
     whole = action.write.range_of(axis)
     if whole is None:
-        tensor = costs.tensors[action.write.name]
+        tensor = costs.tensors[action.write.name.removeprefix("grad:").partition("@")[0]]
         whole = 0, tensor.tokens if axis == "tokens" else tensor.width
     first, last = whole
     parts = [value.range_of(axis) or (0, 0) for value in action.reads]
     _tile(((low - first, high - first) for low, high in parts), last - first, f"{where}: {action.write}: {axis}")
 
 
-def _needed(action: Compute, costs: Costs) -> set[Value]:
-    """What a pass can't do without: its inputs; backward, what it saved and the gradients of what it handed on."""
+def _needed(action: Compute, costs: Costs, shared: bool) -> set[Value]:
+    """What a pass can't do without: its inputs; backward, what it saved and the gradients of what it handed on; where
+    layers are `shared`, of what it made."""
     if action.direction == FORWARD:
         return set(pieces.inputs(action, costs))
     first, last = action.units
+    if shared:
+        saved = Value(saved_name(first, last), action.micro_batch, action.rows, action.tokens, action.width)
+        made = (value for value in pieces.outputs(action, costs) if costs.tensors[value.name].needs_grad)
+        return {saved, *(value._replace(name=f"grad:{value.name}@{last}") for value in made)}
     flowing = (name for name in costs.carried(last) if costs.tensors[name].needs_grad)
     names = [saved_name(first, last, bool(costs.loaded)), *(f"grad:{name}@{last}" for name in flowing)]
     return {Value(name, action.micro_batch, action.rows) for name in names}

@@ -1,0 +1,137 @@
+"""Training with layers shared among devices: every scheme trains what one device trains, and moves what it should."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness import datasets, models, profile, reference
+from harness.costs import Costs
+from harness.plan import Plan
+from harness.plan.serial import from_json, to_json
+from harness.plan.validate import validate
+from harness.sharded import HYBRID, SEQUENCE, TENSOR, Shares, even_shares, plan_sharded
+from harness.simulator import simulate
+from harness.workload import Workload
+from tests.harness.engine.devices import Trained, run_devices
+from tests.harness.models import text_oracle
+from tests.harness.test_sharded import uneven
+from tests.harness.toys import cluster
+
+MODELS = ("bert-tiny", "distilbert-tiny", "gpt2-tiny", "opt-tiny")
+
+
+def batches(model: str, **options: object) -> Workload:
+    """Three updates, the last with fewer rows."""
+    defaults = {"dropout": 0.0, "optimizer": "sgd-momentum", "learning_rate": 0.05}
+    asked = text_oracle.workload(model, technique="full", **{**defaults, **options})
+    return replace(asked, num_samples=8, batch_size=3)
+
+
+def planned(load: Workload, scheme: str, shares: Shares | int, **how: object) -> tuple[Plan, Costs]:
+    costs = profile.count(load)
+    shares = even_shares(costs, shares) if isinstance(shares, int) else shares
+    names = [f"device{i}" for i in range(len(shares.heads))]
+    plan = plan_sharded("by-hand", load, costs, names, scheme, shares, **how)
+    validate(plan, costs)
+    assert from_json(to_json(plan)) == plan
+    return plan, costs
+
+
+def assert_trained(ours: Trained, plan: Plan, load: Workload) -> None:
+    """Losses and every device's part of every weight are what one device has after the same batches."""
+    oracle = reference.train(plan, load, datasets.load(load))
+    assert ours.execution.losses == pytest.approx(oracle.losses, abs=1e-5)
+    wanted, adaptive = oracle.state(), load.optimizer == "adamw"
+    for device, shard in ours.shards.items():
+        found = ours.state[device]
+        error = reference.max_rel_error(found, wanted, adaptive, shard.layered.pieces)
+        assert error <= 1e-5, device
+    assert {name for tensors in ours.state.values() for name in tensors} == wanted.keys()
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("scheme", "embeddings", "count"),
+    [
+        (TENSOR, "everywhere", 2),
+        (TENSOR, "leader", 5),
+        (SEQUENCE, "everywhere", 3),
+        (SEQUENCE, "leader", 5),
+        (HYBRID, "everywhere", 5),
+        (HYBRID, "leader", 2),
+    ],
+)
+def test_trains_what_one_device_trains(model: str, scheme: str, embeddings: str, count: int, tmp_path: Path) -> None:
+    load = batches(model)
+    plan, costs = planned(load, scheme, uneven(profile.count(load), count), embeddings=embeddings)
+    ours = run_devices(plan, load, tmp_path)
+    assert_trained(ours, plan, load)
+    simulated = simulate(plan, costs, cluster(count, memory_bandwidth=1e10))
+    assert dict(ours.execution.trace.link_bytes) == dict(simulated.link_bytes)
+
+
+@pytest.mark.parametrize("scheme", [TENSOR, SEQUENCE, HYBRID])
+@pytest.mark.parametrize("options", [{"dropout": 0.3}, {"optimizer": "adamw", "learning_rate": 1e-3}])
+def test_dropout_and_moments_are_those_of_one_device(scheme: str, options: dict[str, object], tmp_path: Path) -> None:
+    load = batches("bert-tiny", attn_implementation="eager", **options)
+    plan, _ = planned(load, scheme, uneven(profile.count(load), 3), embeddings="everywhere")
+    assert_trained(run_devices(plan, load, tmp_path), plan, load)
+
+
+@pytest.mark.parametrize("scheme", [TENSOR, SEQUENCE])
+def test_trains_what_plain_torch_trains(scheme: str, tmp_path: Path) -> None:
+    """The unsharded Hugging Face model under torch's own SGD, without a line of ours."""
+    load = batches("bert-tiny")
+    plan, _ = planned(load, scheme, 3, embeddings="everywhere")
+    ours = run_devices(plan, load, tmp_path)
+    root, dataset = models.build(load).root.train(), datasets.load(load)
+    optimizer = torch.optim.SGD(root.parameters(), lr=load.learning_rate, momentum=0.9)
+    for ids in datasets.batches(load):
+        loss = root(**dataset.batch(ids)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    wanted = {name: parameter.detach() for name, parameter in root.named_parameters()}
+    for device, shard in ours.shards.items():
+        found = {name: tensor for name, tensor in ours.state[device].items() if "/" not in name}
+        assert reference.max_rel_error(found, wanted, False, shard.layered.pieces) <= 1e-5
+
+
+def sent(load: Workload, scheme: str, count: int, **how: object) -> tuple[float, Costs]:
+    """Bytes that every device sends for a batch, and what the model is made of."""
+    plan, costs = planned(replace(load, steps=1), scheme, count, **how)
+    trace = simulate(plan, costs, cluster(count, memory_bandwidth=1e10))
+    by_device = {device: sum(n for (a, _), n in trace.link_bytes.items() if a == device) for device in plan.devices}
+    assert len(set(by_device.values())) == 1
+    return by_device[plan.devices[0]], costs
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_bytes_are_those_of_the_closed_forms(count: int) -> None:
+    """Tensor parallelism: four ring all-reduces of [rows, tokens, hidden] per layer. Sequence parallelism: keys and
+    values gathered, their gradients scattered, and all gradients but the head's reduced; in the end the hidden states."""
+    load = replace(batches("bert-tiny"), batch_size=4, num_samples=4, seq_len=16)
+    config = models.entry("bert-tiny").config
+    layers, hidden, share = config["num_hidden_layers"], 4 * 4 * 16 * config["hidden_size"], (count - 1) / count
+    tensor, costs = sent(load, TENSOR, count, embeddings="everywhere")
+    assert tensor == 4 * layers * 2 * hidden * share
+    sequence, _ = sent(load, SEQUENCE, count, embeddings="everywhere")
+    head = {name for unit in costs.units if unit.kind == "head" for name in unit.parameters}
+    reduced = sum(p.bytes for name, p in costs.parameters.items() if name not in head)
+    assert sequence == pytest.approx(2 * reduced * share + (4 * layers + 1) * hidden * share, abs=16)
+
+
+def test_a_device_never_holds_more_than_the_plan_says(tmp_path: Path) -> None:
+    load = replace(batches("bert-tiny"), seq_len=64, batch_size=4)
+    plan, costs = planned(load, TENSOR, Shares((3, 1), (100, 28), (40, 24)), embeddings="everywhere")
+    found = run_devices(plan, load, tmp_path)
+    simulated = simulate(plan, costs, cluster(2, memory_bandwidth=1e10))
+    for device, report in found.reports.items():
+        for kind in ("weights", "optimizer"):
+            held = [value for value in plan.phases[0].live[device] if plan.tensors[value.name].kind == kind]
+            assert report.memory[0].standing[kind] == sum(map(plan.bytes, held))
+        assert report.memory[0].peak == pytest.approx(simulated.peak_bytes[device], rel=0.1)
