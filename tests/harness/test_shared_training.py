@@ -90,7 +90,7 @@ def test_trains_what_plain_torch_trains(scheme: str, tmp_path: Path) -> None:
     ours = run_devices(plan, load, tmp_path)
     root, dataset = models.build(load).root.train(), datasets.load(load)
     optimizer = torch.optim.SGD(root.parameters(), lr=load.learning_rate, momentum=0.9)
-    for ids in datasets.batches(load):
+    for ids, _ in zip(datasets.batches(load), ours.execution.losses, strict=False):
         loss = root(**dataset.batch(ids)).loss
         optimizer.zero_grad()
         loss.backward()
@@ -113,7 +113,7 @@ def sent(load: Workload, scheme: str, count: int, **how: object) -> tuple[float,
 @pytest.mark.parametrize("count", [2, 4])
 def test_bytes_are_those_of_the_closed_forms(count: int) -> None:
     """Tensor parallelism: four ring all-reduces of [rows, tokens, hidden] per layer. Sequence parallelism: keys and
-    values gathered, their gradients scattered, and all gradients but the head's reduced; in the end the hidden states."""
+    values gathered, their gradients scattered, all gradients but the head's reduced, and the last hidden states."""
     load = replace(batches("bert-tiny"), batch_size=4, num_samples=4, seq_len=16)
     config = models.entry("bert-tiny").config
     layers, hidden, share = config["num_hidden_layers"], 4 * 4 * 16 * config["hidden_size"], (count - 1) / count
