@@ -6,7 +6,8 @@ import json
 import os
 import time
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 
 from harness.meters.measurement import EXTERNAL, Facts, NotHere
@@ -23,6 +24,8 @@ FIRST_UNIX_S = 1e9
 TAIL_BYTES = 512
 #: An answer is one number.
 MOST_ANSWER_BYTES = 65536
+#: A meter is in the same room, whatever proxy leads out of the house.
+DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True)
@@ -47,33 +50,47 @@ class FileMeter:
             seconds -= time.time() - time.monotonic()
         return round(seconds * 1e9), watts
 
+    def instrument(self) -> str | None:
+        """What the first line says it is, if that is `# NAME`."""
+        with open(self.path, "rb") as file:
+            first = file.readline(TAIL_BYTES).decode(errors="replace").strip()
+        return first[1:].strip() if first.startswith("#") else None
+
     def window(self, watch: Watch) -> Window:
         return sampled(self.read, RATE_HZ, watch)
 
 
 @dataclass(frozen=True)
 class HttpMeter:
-    """A page that answers GET with {"power_w": number}."""
+    """A page that answers GET with {"power_w": number}, and perhaps its "instrument"."""
 
     facts: Facts
     url: str
 
     def read_w(self) -> float:
+        return self._answer()[0]
+
+    def instrument(self) -> str | None:
+        """What the page says it is, if anything."""
+        return self._answer()[1]
+
+    def window(self, watch: Watch) -> Window:
+        return sampled(lambda: timed(self.read_w), HTTP_RATE_HZ, watch)
+
+    def _answer(self) -> tuple[float, str | None]:
         try:
-            with urllib.request.urlopen(self.url, timeout=MOST_GAP_S) as answer:
+            with DIRECTLY.open(self.url, timeout=MOST_GAP_S) as answer:
                 text = answer.read(MOST_ANSWER_BYTES)
-        except OSError as error:  # urllib's own errors among them
+        except (OSError, HTTPException) as error:  # urllib's own errors are of the system's
             raise Unreadable(f"{self.url} does not answer: {error}.") from None
         try:
-            power_w = json.loads(text)["power_w"]
+            content = json.loads(text)
+            power_w, instrument = content["power_w"], content.get("instrument")
             if isinstance(power_w, bool) or not isinstance(power_w, int | float):
                 raise ValueError
         except (ValueError, LookupError, TypeError):
             raise Unreadable(f'{self.url} answers {text[:80]!r}. Allowed is {{"power_w": NUMBER}}.') from None
-        return float(power_w)
-
-    def window(self, watch: Watch) -> Window:
-        return sampled(lambda: timed(self.read_w), HTTP_RATE_HZ, watch)
+        return float(power_w), None if instrument is None else str(instrument)
 
 
 def probe(argument: str | None, system: System) -> FileMeter | HttpMeter:
@@ -81,11 +98,12 @@ def probe(argument: str | None, system: System) -> FileMeter | HttpMeter:
     if not argument:
         raise NotHere("it needs a file or a URL: --meter external:FILE or --meter external:http://HOST/PATH")
     web = argument.startswith(("http://", "https://"))
-    instrument, rate_hz = (argument, HTTP_RATE_HZ) if web else (str(Path(argument).absolute()), RATE_HZ)
-    facts = Facts(f"external: {instrument}", EXTERNAL, "whatever the instrument is wired to", rate_hz)
-    meter = HttpMeter(facts, argument) if web else FileMeter(facts, instrument)
+    place, rate_hz = (argument, HTTP_RATE_HZ) if web else (str(Path(argument).absolute()), RATE_HZ)
+    facts = Facts(f"external: {place}", EXTERNAL, "whatever the instrument is wired to", rate_hz)
+    meter = HttpMeter(facts, place) if web else FileMeter(facts, place)
     try:
         _ = meter.read_w() if isinstance(meter, HttpMeter) else meter.read()
+        instrument = meter.instrument()
     except (Unreadable, OSError) as error:
         raise NotHere(str(error)) from error
-    return meter
+    return meter if instrument is None else replace(meter, facts=replace(facts, meter=f"external: {instrument}"))

@@ -161,11 +161,21 @@ def test_an_answer_without_power_is_refused(answer: bytes) -> None:
         probe(url, HERE)
 
 
+def test_the_instrument_may_say_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "readings"
+    path.write_text("# INA226 board, 10 mOhm\n11.0 4.5\n")
+    assert file_meter(path).facts.meter == "external: INA226 board, 10 mOhm"
+    with page(lambda: b'{"power_w": 7.25, "instrument": "plug of Monday"}') as url:
+        assert probe(url, HERE).facts.meter == "external: plug of Monday"
+
+
 def test_a_server_that_refuses_or_is_not_there() -> None:
     with page(lambda: b"no", status=500) as url, pytest.raises(NotHere, match="does not answer: HTTP Error 500"):
         probe(url, HERE)
     with pytest.raises(NotHere, match="does not answer"):
         probe(url, HERE)
+    with pytest.raises(NotHere, match="nonnumeric port"):
+        probe("http://127.0.0.1:none/", HERE)
 
 
 def test_power_below_zero_rejects_the_window() -> None:

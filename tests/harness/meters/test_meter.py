@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -208,3 +210,23 @@ def test_the_system_of_an_empty_tree_knows_nothing(tmp_path: Path) -> None:
     assert (system.board(), system.power_mode(), system.clocks_pinned(), system.release()) == (None,) * 4
     write(tmp_path / "etc/os-release", 'ID=debian\nPRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\n')
     assert system.release() == "Debian GNU/Linux 12 (bookworm)"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
+def test_the_reading_process_ends_with_whoever_measures(tmp_path: Path) -> None:
+    """Even where that one is killed in mid-window and can close nothing."""
+    nano(tmp_path)
+    program = (
+        "import sys, time; from pathlib import Path; from harness import meters\n"
+        "meter = meters._meter(meters.Choice('ina3221'), meters.System(Path(sys.argv[1])))\n"
+        "meter.begin(); print(meter._process.pid, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        reading = Path("/proc", parent.stdout.readline().strip())
+        assert reading.exists()
+        parent.kill()
+    wait_until = time.monotonic() + 10
+    while reading.exists() and "State:\tZ" not in (reading / "status").read_text():
+        assert time.monotonic() < wait_until, "it reads on, for nobody"
+        time.sleep(0.05)
