@@ -66,7 +66,7 @@ class DeviceEnergy(Part):
 
 class HostEnergy(Part):
     """What a meter of the machine that really ran this says of the execution. It is the host's energy: no device of the
-    testbed drew it, and it is in no other field. Where there is no figure, `energy_j` is null and `reason` says why.
+    testbed drew it, and it is in no other field. Where there is no figure, it is null and `reason` says why.
     """
 
     meter: str = Field(description="name and version, or the instrument; none: there was no meter")

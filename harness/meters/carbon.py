@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import version
 
 from harness.errors import OrreryError, unknown_name
 
@@ -35,7 +36,6 @@ def intensity_of(text: str) -> Intensity:
 
 def _of_country(code: str) -> Intensity:
     try:
-        import codecarbon
         from codecarbon.input import DataSource
     except ImportError as error:
         raise OrreryError(
@@ -45,4 +45,4 @@ def _of_country(code: str) -> Intensity:
     table = DataSource().get_global_energy_mix_data()
     if code not in table:
         raise unknown_name("country with a carbon intensity", code, table)
-    return Intensity(float(table[code]["carbon_intensity"]), f"codecarbon {codecarbon.__version__}, table of {code}")
+    return Intensity(float(table[code]["carbon_intensity"]), f"codecarbon {version('codecarbon')}, table of {code}")

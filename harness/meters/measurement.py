@@ -37,7 +37,8 @@ class Facts:
 class Measurement:
     """One window. Energies are gross, in J; net is less what would have been drawn idle, where that was measured.
 
-    `energy_j` is None where there is no figure, and then `reason` says why: it is never zero for want of a reading.
+    Where there is no figure, `energy_j` is None and `reason` says why: it is never zero for want of a reading.
+    Where only the idle baseline failed, `reason` says that.
     """
 
     meter: str
@@ -73,8 +74,10 @@ class Measurement:
 
 def net_of_idle(measured: Measurement, idle: Measurement, idle_at: str) -> Measurement:
     """The window with an idle baseline, which began at `idle_at`: net = gross - idle power x duration."""
-    if measured.energy_j is None or measured.duration_s is None or idle.mean_w is None:
+    if measured.energy_j is None or measured.duration_s is None:
         return measured
+    if idle.mean_w is None:
+        return replace(measured, reason=f"Not net of idle: {idle.reason}")
     return replace(
         measured,
         energy_net_of_idle_j=measured.energy_j - idle.mean_w * measured.duration_s,

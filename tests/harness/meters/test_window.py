@@ -169,11 +169,18 @@ def test_gross_less_idle_times_duration_is_net() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gross", "idle"),
+    ("gross", "idle", "reason"),
     [
-        (Measurement("meter", duration_s=10.0, reason="a gap"), Measurement("meter", mean_w=2.0)),
-        (Measurement("meter", energy_j=100.0, duration_s=10.0), Measurement("meter", reason="a gap")),
+        (Measurement("meter", duration_s=10.0, reason="a gap"), Measurement("meter", mean_w=2.0), "a gap"),
+        (
+            Measurement("meter", energy_j=100.0, duration_s=10.0),
+            Measurement("meter", reason="a gap"),
+            "Not net of idle: a gap",
+        ),
     ],
 )
-def test_without_a_baseline_or_a_figure_there_is_no_net(gross: Measurement, idle: Measurement) -> None:
-    assert net_of_idle(gross, idle, "").energy_net_of_idle_j is None
+def test_without_a_baseline_or_a_figure_there_is_no_net_but_a_reason(
+    gross: Measurement, idle: Measurement, reason: str
+) -> None:
+    found = net_of_idle(gross, idle, "")
+    assert (found.energy_j, found.energy_net_of_idle_j, found.reason) == (gross.energy_j, None, reason)
