@@ -11,17 +11,23 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from harness.meters import Choice
     from harness.records import Record
 
 
 def run(
-    *, options: Mapping[str, object] | None = None, technique_options: Mapping[str, object] | None = None, **named: Any
+    *,
+    options: Mapping[str, object] | None = None,
+    technique_options: Mapping[str, object] | None = None,
+    meter: Choice | None = None,
+    **named: Any,
 ) -> Record:
     """One run, named as on the command line (`batch_size` for `--batch-size`); returns what `--json` prints.
 
-    `options` are the method's own, `technique_options` the technique's. Nothing is written, but what `save_adapter`
+    `options` are the method's own, `technique_options` the technique's. `meter` is what measures this machine while it
+    executes the run; None: what is found. Nothing is written, but what `save_adapter`
     names. Raises `harness.errors.OrreryError` for bad input.
     """
     from harness import experiment, runner
 
-    return runner.run(experiment.one(named, options or {}, technique_options))
+    return runner.run(experiment.one(named, options or {}, technique_options), meter or runner.FOUND_HERE)

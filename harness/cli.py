@@ -91,8 +91,12 @@ DEFAULT_OUT = Path("orrery-runs")
 
 @app.command("list")
 def list_(
-    kind: Annotated[str, typer.Argument(metavar="systems|baselines|testbeds|devices|models|datasets|experiments")],
-    check: Annotated[bool, typer.Option("--check", help="import each method and name the broken ones")] = False,
+    kind: Annotated[
+        str, typer.Argument(metavar="systems|baselines|testbeds|devices|models|datasets|experiments|meters")
+    ],
+    check: Annotated[
+        bool, typer.Option("--check", help="methods: import each and name the broken ones; meters: which work here")
+    ] = False,
 ) -> None:
     """List what can be named."""
     from harness import listing
@@ -100,7 +104,10 @@ def list_(
     entries = listing.entries(kind)
     for name, summary in entries:
         print(f"{name:<28}  {summary}".rstrip())
-    if check:
+    if check and kind == listing.METERS:
+        for name, why in listing.meters_here():
+            print(f"here: {name}" if why is None else f"not here: {name}: {why}")
+    elif check:
         broken = listing.broken(kind)
         for name, why in broken.items():
             print(f"broken: {name}: {why}")
@@ -255,11 +262,21 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="keep state after every epoch, and go on with the state of a killed run")
     ] = False,
+    meter: Annotated[
+        str | None,
+        typer.Option("--meter", metavar="NAME[:ARGUMENT]", help="see `orrery list meters`; default: what is found"),
+    ] = None,
+    idle_baseline: Annotated[
+        float, typer.Option("--idle-baseline", metavar="SECONDS", help="measure the idle machine first")
+    ] = 0.0,
+    carbon: Annotated[
+        str | None, typer.Option("--carbon", metavar="G_PER_KWH|COUNTRY", help="turn measured energy into CO2")
+    ] = None,
     out: Out = DEFAULT_OUT,
     as_json: Json = False,
 ) -> None:
     """Run one method on one testbed, or the sweep of an experiment file."""
-    from harness import show, store
+    from harness import meters, show, store
     from harness.experiment import read
     from harness.runner import sweep
 
@@ -268,7 +285,7 @@ def run(
     requests = read(experiment) if experiment is not None else _flags(ctx)
     records = []
     with show.progress(len(requests)) as ended:
-        for outcome in sweep(requests, out, force, resume):
+        for outcome in sweep(requests, out, force, resume, meters.Choice(meter, idle_baseline, carbon)):
             records.append(outcome.record)
             if as_json:
                 print(outcome.record.json_line(), flush=True)

@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from harness import provenance, registry
+from harness import meters, provenance, registry
 from harness.errors import OrreryError
 from harness.profile.store import folder
 from harness.registry import Finding as Check
@@ -27,7 +27,7 @@ def examine(out: Path, testbed: str | None = None) -> list[Check]:
     checks += [_writable("results", out), _disk(out)]
     for kind in registry.METHOD_PACKAGES:
         checks += [_method(name, why) for name, why in registry.check_methods(kind).items()]
-    checks.append(_leftovers())
+    checks += [_leftovers(), _meter()]
     if testbed is not None:
         checks += _testbed(testbed)
     return checks
@@ -86,6 +86,12 @@ def _leftovers() -> Check:
     found = registry.leftovers().find()
     remedy = "`orrery doctor --clean` removes what dead runs have left."
     return Check("leftovers of dead runs", not found, ", ".join(found) or "none", remedy if found else "")
+
+
+def _meter() -> Check:
+    """A machine without a meter is whole: its runs say that nothing was measured."""
+    probe, why = meters.found()
+    return Check("meter", True, why if probe is None else f"{probe.facts.meter}, {probe.facts.scope}")
 
 
 def _testbed(name: str) -> list[Check]:

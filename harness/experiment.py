@@ -86,6 +86,8 @@ DEFAULT_DATASETS = {"text": "mrpc", "image": "digits"}
 DEFAULT_BATCH_SIZE = 16
 #: Runs in this mode read no data, and repeating one gives the same bytes.
 COMPUTED = "simulated"
+#: Runs in this mode are executed on this machine, so that its meter can see them.
+ON_THIS_MACHINE = "emulated"
 MOST_REPEATS = 1000
 CONTRADICTIONS = ((("workload", "epochs"), ("workload", "steps")), (("run", "method"), ("run", "plan")))
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}

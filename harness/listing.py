@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from harness import datasets, models, registry
+from harness import datasets, meters, models, registry
 from harness.errors import OrreryError, unknown_name
 
 Entries = list[tuple[str, str]]
+METERS = "meters"
 
 
 def entries(kind: str) -> Entries:
@@ -20,8 +21,14 @@ def entries(kind: str) -> Entries:
 def broken(kind: str) -> dict[str, str]:
     """Methods of the kind that can't be imported, and why."""
     if kind not in registry.METHOD_PACKAGES:
-        raise OrreryError(f"--check imports methods: it goes with {' or '.join(registry.METHOD_PACKAGES)}, not {kind}.")
+        checked = ", ".join(registry.METHOD_PACKAGES)
+        raise OrreryError(f"--check tries what may not work here: it goes with {checked} or {METERS}, not {kind}.")
     return {name: why for name, why in registry.check_methods(kind).items() if why is not None}
+
+
+def meters_here() -> Iterator[tuple[str, str | None]]:
+    """Every meter, and why it can't be used on this machine, if so."""
+    yield from meters.here().items()
 
 
 def _methods(kind: str) -> Entries:
@@ -45,4 +52,5 @@ KINDS: dict[str, Callable[[], Entries]] = {
     "models": _models,
     "datasets": _datasets,
     "experiments": registry.experiments,
+    METERS: lambda: list(meters.SUMMARIES.items()),
 }

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 #: Raised whenever a field changes its meaning, appears or goes. It is part of what a stored run is named by.
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 #: Fields that may differ between two runs of the same input in simulated mode; all others are equal to the byte.
 NOT_DETERMINISTIC = ("planning_time_s", "provenance")
@@ -62,6 +62,44 @@ class DeviceEnergy(Part):
     idle_j: float
     compute_j: float
     communication_j: float
+
+
+class HostEnergy(Part):
+    """What a meter of the machine that really ran this says of the execution. It is the host's energy: no device of the
+    testbed drew it, and it is in no other field. Where there is no figure, it is null and `reason` says why.
+    """
+
+    meter: str = Field(description="name and version, or the instrument; none: there was no meter")
+    energy_j: float | None = Field(description="gross")
+    energy_net_of_idle_j: float | None = Field(description="null without an idle baseline")
+    energy_source: str | None = Field(
+        description="measured-rail, measured-counter, corrected-pmic, external, regression or tdp-model"
+    )
+    rails: list[str] = Field(description="the labels that were added, or the counters")
+    constants: dict[str, float] = Field(description="of a correction or a regression")
+    constants_source: str | None
+    scope: str | None = Field(description="what is in the figure: board, module, counters")
+    carrier_included: bool | None = Field(description="null where there is no carrier board, or it is not known")
+    network_included: bool = Field(description="switches, routers; no meter of a board sees them")
+    nominal_hz: float | None
+    achieved_hz: float | None
+    samples: int | None = Field(description="null where a counter of energy was read")
+    largest_gap_s: float | None
+    duration_s: float | None = Field(description="of the window: the whole execution, its preparation included")
+    mean_w: float | None
+    min_w: float | None
+    max_w: float | None
+    idle_w: float | None
+    idle_at: str | None = Field(description="when the idle baseline began, UTC")
+    idle_duration_s: float | None
+    board: str | None = Field(description="as the device tree names it")
+    power_mode: str | None
+    clocks_pinned: bool | None
+    release: str | None = Field(description="of L4T, or of the operating system")
+    carbon_g: float | None = Field(description="g of CO2 equivalents, where an intensity was given")
+    carbon_g_per_kwh: float | None
+    carbon_source: str | None
+    reason: str | None
 
 
 class Recovery(Part):
@@ -193,6 +231,9 @@ class Record(Part):
     energy_net_of_idle_j: float | None = None
     energy_source: str | None = None
     energy: dict[str, DeviceEnergy] | None = None
+    host_energy: HostEnergy | None = Field(
+        default=None, description="of the machine that a run was really executed on; null for simulated runs"
+    )
 
     recovery: list[Recovery] | None = Field(
         default=None,

@@ -18,12 +18,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from harness import datasets, measure, models, profile, provenance, registry, store, techniques
+from harness import datasets, measure, meters, models, profile, provenance, registry, store, techniques
 from harness.cluster import Cluster
 from harness.cores import on_all_cores
 from harness.costs import Costs
 from harness.errors import Broken, OrreryError, OutOfMemory, Unsupported
-from harness.experiment import COMPUTED, Request, planned, reads_images
+from harness.experiment import COMPUTED, ON_THIS_MACHINE, Request, planned, reads_images
+from harness.meters.meter import Meter
 from harness.plain import plain
 from harness.plan import Plan, Step, serial
 from harness.plan.graph import InvalidPlan
@@ -46,13 +47,23 @@ class Outcome:
     skipped: bool
 
 
-def sweep(requests: Sequence[Request], out: Path, force: bool = False, resume: bool = False) -> Iterator[Outcome]:
+#: The meter that is found on this machine, or none.
+FOUND_HERE = meters.Choice()
+
+
+def sweep(
+    requests: Sequence[Request],
+    out: Path,
+    force: bool = False,
+    resume: bool = False,
+    meter: meters.Choice = FOUND_HERE,
+) -> Iterator[Outcome]:
     """Run what has not been run. Each record is on disk, whole, as soon as its last repeat has ended.
 
     With `resume` what really runs keeps its state after every epoch, and goes on where it was killed before.
 
     Runs on one testbed in one mode follow each other, and those of one workload take turns with their repeats.
-    Simulated ones are done on all cores at once, and come in the same order.
+    Simulated ones are done on all cores at once, and come in the same order; only the others are metered.
     Input that can't be run raises `OrreryError` where it was asked for alone; among others it is a row.
     """
     if resume:
@@ -63,7 +74,8 @@ def sweep(requests: Sequence[Request], out: Path, force: bool = False, resume: b
         if computed:
             yield from _computed(list(itertools.chain.from_iterable(groups)), out, force, alone)
         else:
-            yield from _in_turns(groups, out, force, resume, alone)
+            with meters.opened(meter) as opened:
+                yield from _in_turns(groups, out, force, resume, alone, opened)
 
 
 def _computed(requests: Sequence[Request], out: Path, force: bool, alone: bool) -> Iterator[Outcome]:
@@ -83,9 +95,9 @@ def _computed(requests: Sequence[Request], out: Path, force: bool, alone: bool) 
             yield Outcome(request, record, skipped=not fresh)
 
 
-def _answered(request: Request, alone: bool) -> Record:
+def _answered(request: Request, alone: bool, meter: Meter | None = None) -> Record:
     """The record of a run that is over at once. Input that can't be run raises `OrreryError` where it is alone."""
-    series = _Series(request)
+    series = _Series(request, meter=meter)
     try:
         with Testbeds() as testbeds:
             while not series.over:
@@ -97,11 +109,13 @@ def _answered(request: Request, alone: bool) -> Record:
     return series.record()
 
 
-def _in_turns(groups: Iterable[list[Request]], out: Path, force: bool, resume: bool, alone: bool) -> Iterator[Outcome]:
+def _in_turns(
+    groups: Iterable[list[Request]], out: Path, force: bool, resume: bool, alone: bool, meter: Meter
+) -> Iterator[Outcome]:
     """Runs that take time, one by one: those of a group take turns with their repeats."""
     with Testbeds() as testbeds:
         for group in groups:
-            left = [_Series(request, _journal(request, out) if resume else None) for request in group]
+            left = [_Series(request, _journal(request, out) if resume else None, meter) for request in group]
             while left:
                 for series in left:
                     request = series.request
@@ -223,19 +237,23 @@ def _replan(request: Request, costs: Costs) -> Callable[[Cluster, Change], Resum
     return lambda cluster, change: replan(request.workload, costs, cluster, request.options, change)
 
 
-def run(request: Request) -> Record:
+def run(request: Request, meter: meters.Choice = FOUND_HERE) -> Record:
     """Profile, plan, validate, execute, measure. What does not fit, is not supported or breaks is a row with a reason.
 
     Raises `OrreryError` for input that the user can mend.
     """
-    return _answered(request, alone=True)
+    if request.mode == COMPUTED:
+        return _answered(request, alone=True)
+    with meters.opened(meter) as opened:
+        return _answered(request, alone=True, meter=opened)
 
 
 class _Series:
     """The repeats of one run, and what is known of its record: a series that ends early has what there was."""
 
-    def __init__(self, request: Request, journal: Journal | None = None) -> None:
+    def __init__(self, request: Request, journal: Journal | None = None, meter: Meter | None = None) -> None:
         self.request, self.journal = request, journal
+        self.meter = meter if request.mode == ON_THIS_MACHINE else None
         self.over = False
         self.runs: list[dict[str, Any]] = []
         self.execution: Any = None
@@ -282,7 +300,9 @@ class _Series:
             "faults": request.faults,
             "replan": _replan(request, costs),
         }
-        self.execution = execution = execute(plan, request.workload, costs, **how, journal=self.journal)
+        executing = functools.partial(execute, plan, request.workload, costs, **how, journal=self.journal)
+        execution, host_energy = self._metered(executing)
+        self.execution = execution
         found.update(measure.memory(execution.trace), dilation=execution.dilation, emulation=plain(execution.emulation))
         if first:
             found.update(max_rel_error=execution.max_rel_error, metric=execution.metric)
@@ -290,12 +310,24 @@ class _Series:
         found.update(resumed_after_epoch=execution.resumed_after_epoch)
         seen = execution.trace, request.workload, request.testbed.cluster
         measured = measure.measure(*seen, execution.resumed_after_epoch or 0)
+        measured["host_energy"] = host_energy
         if execution.whole_s is not None:
             measured |= measure.recovered(execution.whole_s, execution.recoveries, request.workload)
             found.update(peak_memory_bytes=None, memory=None)
         self.runs.append(measured)
         if request.save_adapter is not None and first:
             _adapters().save(request.save_adapter, request.workload, execution.trained, request.config_hash)
+
+    def _metered(self, executing: Callable[[], Any]) -> tuple[Any, dict[str, Any] | None]:
+        """What executing gives, and what the machine drew meanwhile, where it has a meter."""
+        if self.meter is None:
+            return executing(), None
+        self.meter.begin()
+        try:
+            execution = executing()
+        finally:
+            measured = self.meter.end()
+        return execution, dataclasses.asdict(measured)
 
     def _plan(self) -> tuple[Costs, Plan]:
         """The method's plan; of a run that goes on the very plan that it began with."""

@@ -56,6 +56,22 @@ def test_list_check_finds_the_built_in_methods_whole() -> None:
     assert (result.code, "broken" in result.out) == (0, False)
 
 
+def test_meters_are_listed_and_say_whether_they_are_here() -> None:
+    listed = names(Result("list meters").out)
+    assert {"ina3221", "pmic", "zeus", "external", "regression", "codecarbon", "none"} == set(listed)
+    result = Result("list meters --check")
+    assert result.code == 0, "a meter that is not here is no fault"
+    lines = result.out.splitlines()
+    assert "here: none" in lines
+    assert any(line.startswith("not here: external: it needs a file or a URL") for line in lines)
+
+
+def test_a_meter_that_nobody_knows_is_refused_whatever_the_mode() -> None:
+    result = Result(f"run --method eddl {TINY} --testbed pac-nano-4 --meter ina322")
+    assert (result.code, result.out) == (2, "")
+    assert "no meter called 'ina322'. Did you mean ina3221" in result.err
+
+
 def test_list_is_fast_and_brings_no_heavy_library_along() -> None:
     """Beside what importing its two libraries takes, whatever the speed of the machine."""
     libraries = "import pydantic.types, typer.main"
@@ -168,7 +184,7 @@ BAD = {
     "no results": ("compare a b", "can't be read"),
     "unwritable": (f"run --method eddl {TINY} --testbed pac-nano-2 --out taken", "can't be written"),
     "picture": (f"plan --method eddl {TINY} --testbed pac-nano-2 --picture p.bmp", "p.bmp"),
-    "check of data": ("list models --check", "goes with systems or baselines"),
+    "check of data": ("list models --check", "goes with systems, baselines or meters"),
 }
 
 
@@ -238,7 +254,9 @@ def test_doctor_finds_this_installation_whole(folder: Path) -> None:
     result = Result("doctor --testbed pac-nano-4 --json")
     checks = {check["name"]: check for check in json.loads(result.out)}
     assert result.code == 0 and all(check["ok"] for check in checks.values())
-    assert {"python", "torch", "cache folder", "results folder", "free disk", "testbed pac-nano-4"} <= set(checks)
+    assert {"python", "torch", "cache folder", "results folder", "free disk", "meter", "testbed pac-nano-4"} <= set(
+        checks
+    )
     assert Result("doctor --testbed pac-nano-x").code == 1
     (folder / "taken").write_text("")
     assert "FAIL  results folder: taken" in Result("doctor --out taken").out
