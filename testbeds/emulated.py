@@ -22,7 +22,16 @@ from harness.engine.checkpoint import Progress, epoch_ends, file_digest
 from harness.errors import OrreryError, OutOfMemory, Unsupported
 from harness.faults import CUT, JOIN, LEAVE, SLOW, Fault, joining
 from harness.fleet.coordinator import Agreed, Lost
-from harness.fleet.job import SAMPLES, WEIGHTS, Job, answers, trained, trained_buffers, trained_parameters
+from harness.fleet.job import (
+    SAMPLES,
+    WEIGHTS,
+    Job,
+    answers,
+    trained,
+    trained_buffers,
+    trained_parameters,
+    trained_pieces,
+)
 from harness.manifest import identity
 from harness.models import shards
 from harness.plan import Load, Plan, Store
@@ -202,7 +211,7 @@ class Emulation:
             if keep_trained:
                 found = replace(found, trained=parameters)
             if evaluate:
-                after = {**parameters, **trained_buffers(self.folder, plan.devices)}
+                after = {**parameters, **trained_buffers(workload, self.folder, plan.devices)}
                 tuned = evaluation.whole(workload, self.folder / WEIGHTS, after)
                 found = replace(found, metric=evaluation.evaluate(workload, tuned, data_dir))
         if not verify:
@@ -214,7 +223,10 @@ class Emulation:
         wanted = reference.train(whole, workload, dataset)
         adaptive = workload.optimizer == "adamw"
         errors = [
-            reference.max_rel_error(trained(self.folder, device), wanted.state(), adaptive) for device in plan.devices
+            reference.max_rel_error(
+                trained(self.folder, device), wanted.state(), adaptive, trained_pieces(self.folder, device)
+            )
+            for device in plan.devices
         ]
         return replace(found, max_rel_error=max(errors))
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import gc
+import json
 import resource
 import shutil
 import sys
 import traceback
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,6 +36,7 @@ from harness.fleet.supervisor import Pulse
 from harness.heap import keep_freed_memory
 from harness.manifest import sample_keys
 from harness.models import shards
+from harness.models.cuts import Piece
 from harness.plan import Plan
 from harness.plan.serial import from_json
 from harness.reference import state
@@ -43,6 +46,7 @@ from harness.workload import Workload
 
 WEIGHTS, SAMPLES = "weights.safetensors", "samples.safetensors"
 REPORT = TypeAdapter(DeviceReport)
+PIECE = TypeAdapter(Piece)
 CONNECT_S = 60.0
 ACCELERATORS = {"cpu": "cpu", "gpu": "cuda"}
 #: A thread that has something to do gets its turn after this long: a receive must not wait for Python code.
@@ -344,9 +348,10 @@ def _save(shard: ModelShard, job: Job) -> None:
     """The trained weights of this device by name, and what its optimizers keep of each; its buffers by themselves."""
     root = shard.layered.root
     buffers = {name: buffer for name, buffer in root.named_buffers() if not shards.absent(buffer)}
-    for kind, tensors in (("trained", state(root, shard.optimizers)), ("buffers", buffers)):
+    pieces = {name: json.dumps(asdict(piece)) for name, piece in shard.layered.pieces.items()}
+    for kind, tensors, about in (("trained", state(root, shard.optimizers), pieces), ("buffers", buffers, None)):
         kept = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
-        save_file(kept, _saved_file(Path(job.folder), kind, job.device))
+        save_file(kept, _saved_file(Path(job.folder), kind, job.device), about)
 
 
 def _save_answers(answers: Sequence[tuple[Sequence[int], Tensor]], job: Job) -> None:
@@ -374,27 +379,47 @@ def trained(folder: Path, device: str) -> dict[str, Tensor]:
     return tensors
 
 
-def trained_parameters(workload: Workload, folder: Path, devices: Sequence[str]) -> dict[str, Tensor]:
-    """What the devices have trained together: every parameter once, for all that hold one have the same.
+def trained_pieces(folder: Path, device: str) -> dict[str, Piece]:
+    """Of parameters of which a device has saved a part, which."""
+    with safe_open(_saved_file(folder, "trained", device), framework="pt") as file:
+        return {name: PIECE.validate_json(about) for name, about in (file.metadata() or {}).items()}
 
-    Raises Broken where one is missing.
+
+def trained_parameters(workload: Workload, folder: Path, devices: Sequence[str]) -> dict[str, Tensor]:
+    """What the devices have trained together: every parameter once, for all that hold one, or a part, have the same.
+
+    Raises Broken where one, or a part of it, is missing.
     """
     root = models.build(workload, device="meta").root
-    saved = [trained(folder, device) for device in devices]
+    saved = [(trained(folder, device), trained_pieces(folder, device)) for device in devices]
     found: dict[str, Tensor] = {}
-    for name in (name for name, parameter in root.named_parameters() if parameter.requires_grad):
-        holder = next((tensors for tensors in saved if name in tensors), None)
-        if holder is None:
-            raise Broken(f"No device has saved {name}, which was to be trained.")
-        found[name] = holder[name]
+    for name, parameter in root.named_parameters():
+        holders = [(tensors[name], pieces.get(name)) for tensors, pieces in saved if name in tensors]
+        if parameter.requires_grad:
+            found[name] = _whole(holders, parameter, name)
     return found
 
 
-def trained_buffers(folder: Path, devices: Sequence[str]) -> dict[str, Tensor]:
+def _whole(holders: Sequence[tuple[Tensor, Piece | None]], like: Tensor, name: str) -> Tensor:
+    """A parameter put together of what devices have of it."""
+    whole, missing = torch.empty_like(like, device="cpu", requires_grad=False), like.numel()
+    for tensor, piece in holders:
+        if piece is None:
+            return tensor
+        piece.put(tensor, whole)
+        missing -= tensor.numel()
+    if missing:
+        raise Broken(f"Devices have not saved {name}, which was to be trained, or not all of it.")
+    return whole
+
+
+def trained_buffers(workload: Workload, folder: Path, devices: Sequence[str]) -> dict[str, Tensor]:
     """The buffers by name. Devices that hold the same need not have the same in them: those of the first count."""
+    names = {name for name, _ in models.build(workload, device="meta").root.named_buffers()}
     found: dict[str, Tensor] = {}
     for device in reversed(devices):
-        found |= load_file(_saved_file(folder, "buffers", device))
+        saved = load_file(_saved_file(folder, "buffers", device))
+        found |= {name: buffer for name, buffer in saved.items() if name in names}
     return found
 
 

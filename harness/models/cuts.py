@@ -29,6 +29,13 @@ class Piece:
         """The piece of a tensor."""
         return torch.cat([whole.narrow(self.axis, low, high - low) for low, high in self.ranges], self.axis)
 
+    def put(self, piece: Tensor, whole: Tensor) -> None:
+        """Write the piece to where it belongs in a whole tensor."""
+        first = 0
+        for low, high in self.ranges:
+            whole.narrow(self.axis, low, high - low).copy_(piece.narrow(self.axis, first, high - low))
+            first += high - low
+
     def read(self, file: safe_open, name: str) -> Tensor:
         """The piece of the tensor called `name`; the rest of it is not read."""
         stored = file.get_slice(name)
