@@ -21,6 +21,7 @@ from results import (
     figures,
     latency,
     papers,
+    parallelisms,
     quality,
     rates,
     recovery,
@@ -86,6 +87,9 @@ def _blocks(records: Sequence[Record], folder: Path) -> Iterator[Block]:
     yield from _latency(whole)
     yield from _throughput(trained, folder)
     yield from _scaling(whole)
+    if study := list(parallelisms.tables(whole)):
+        yield Heading(2, "The energy of four parallelisms")
+        yield from study
     yield from _claims(records)
     if recovered := list(recovery.tables(lost)):
         yield Heading(2, "Devices that were lost")

@@ -73,7 +73,7 @@ def texts(names: Sequence[str], records: Sequence[Record], out: Path) -> Iterato
     if records:
         yield show.records_table(records)
     whole = [record for record in records if record.inject is None]
-    for part in ("agreement", "scores", "quality", "latency", "throughput", "scaling"):
+    for part in ("agreement", "scores", "quality", "latency", "throughput", "scaling", "parallelisms"):
         if text := load_results(part).text(whole):
             yield text
     for part in ("system_claims", "recovery"):

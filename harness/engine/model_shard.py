@@ -290,9 +290,11 @@ class ModelShard:
         sample_ids: Sequence[int],
         decoding: bool = False,
         stashed: bool = False,
+        kept: Collection[str] = (),
     ) -> tuple[dict[str, Tensor], Saved]:
         """One pass over the units of the action, in a phase that may be `decoding`.
 
+        kept: what of the entering tensors the backward pass reads; of others it takes no memory.
         stashed: weights may be renewed before the backward pass. Of a parameter autograd keeps the object, whose memory
         is another one by then; so it is given the memory itself.
         batch: the rows of the data set; entering: what was made before, rows first, in the pieces that
@@ -318,6 +320,7 @@ class ModelShard:
             if self.workload.dropout != 0:
                 stack.enter_context(self.masks.samples(step, sample_ids, self._part(action)))
             made = self.layered.run(first, last, values, self.masks.enter, wanted, action.tokens)
+        _let_go(leaf for name, leaf in leaves.items() if leaf.requires_grad and name not in kept)
         roots = {
             name: get_gradient_edge(tensor)
             for name, tensor in made.items()

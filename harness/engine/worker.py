@@ -491,8 +491,9 @@ class Worker:
             entering = {name: tensor.contiguous() for name, tensor in entering.items()}
         update = phase.update_of(action.micro_batch)
         stashed = bool(iteration.program.renewed)
+        kept = iteration.program.kept.get((action.units, action.micro_batch), ())
         outputs, saved = self.shard.forward(
-            action, batch, entering, iteration.step + update, ids, phase.decoding, stashed
+            action, batch, entering, iteration.step + update, ids, phase.decoding, stashed, kept
         )
         if "loss" in outputs and not action.replica:
             iteration.losses[update] += outputs["loss"].item()

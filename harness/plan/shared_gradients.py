@@ -112,7 +112,9 @@ class _Follower:
             for number in range(first, last):
                 if self._uses(number, value):
                     tokens, _ = spans(action, self.costs.units[number], self.costs)
-                    parts[Part(number, covered or tokens, action.rows)] += 1
+                    before = sum(self.phase.micro_batches[: action.micro_batch])
+                    rows = before + action.rows[0], before + action.rows[1]
+                    parts[Part(number, covered or tokens, rows)] += 1
 
     def _uses(self, number: int, gradient: Value) -> bool:
         """Whether the unit's weights are among those of the gradient."""

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from harness.costs import Costs
 from harness.errors import Unsupported
 from harness.plan import Phase, Plan, Shard, Value
-from harness.schedules import buffers_of, state_of
+from harness.schedules import buffers_of, micro_batches, state_of
 from harness.sharded.layout import Sharded
 from harness.sharded.member import Member, with_frees
 from harness.sharded.shares import (
@@ -82,15 +82,19 @@ def plan_sharded(
     overlap: bool = False,
     tiles: int = 1,
     embeddings: str = LEADER,
+    micro_batch_size: int | None = None,
 ) -> Plan:
-    """All requests, or batches, of the workload under the scheme. Unsupported where the layers can't be shared."""
+    """All requests, or batches, of the workload under the scheme. `micro_batch_size`: into which batches are cut in
+    training; None: not at all. Raises Unsupported where the layers can't be shared."""
     if costs.training:
         _check_trainable(workload, costs, overlap)
     sharded = Sharded(costs, tuple(devices), scheme, shares, overlap, tiles, embeddings, workload.optimizer)
     built: dict[tuple[int, int], tuple[Phase, ...]] = {}
     for rows, repeat in workload.batches():
         batch = "" if rows == workload.batch_size else " last batch"
-        built[rows, repeat] = built.get((rows, repeat)) or _requests(sharded, rows, repeat, workload.new_tokens, batch)
+        built[rows, repeat] = built.get((rows, repeat)) or _phases(
+            sharded, rows, repeat, workload.new_tokens, batch, micro_batch_size
+        )
     further = {} if sharded.further is None else sharded.further.tensors
     return Plan(
         method=method,
@@ -120,11 +124,13 @@ def _check_trainable(workload: Workload, costs: Costs, overlap: bool) -> None:
         raise Unsupported(f"layers that are shared are trained whole (full), not by {workload.technique}")
 
 
-def _requests(sharded: Sharded, rows: int, repeat: int, new_tokens: int | None, batch: str) -> tuple[Phase, ...]:
-    """So many requests, one after the other; where they generate each is a prompt, which gives the first token, and the
-    tokens after it."""
+def _phases(
+    sharded: Sharded, rows: int, repeat: int, new_tokens: int | None, batch: str, micro_batch_size: int | None
+) -> tuple[Phase, ...]:
+    """So many batches, or requests, one after the other; where they generate each is a prompt, which gives the first
+    token, and the tokens after it."""
     if sharded.costs.training:
-        return (_batch(sharded, rows, f"train{batch}", repeat),)
+        return (_batch(sharded, micro_batches(rows, micro_batch_size or rows), f"train{batch}", repeat),)
     if new_tokens is None:
         return (_request(sharded, rows, f"infer{batch}", repeat),)
     further = sharded.further
@@ -149,7 +155,7 @@ def _request(
         live[device] = (*standing, *before)
         leaves[device] = standing if ends else (*standing, *after)
         actions[device] = with_frees(
-            Member(sharded, number, rows).request(),
+            Member(sharded, number).request(rows),
             before if ends else renewed,
             () if ends else after if prompt is None else [value._replace(version=1) for value in renewed],
         )
@@ -166,14 +172,14 @@ def _request(
     )
 
 
-def _batch(sharded: Sharded, rows: int, name: str, repeat: int) -> Phase:
-    """One batch of so many rows, there and back, and its update."""
+def _batch(sharded: Sharded, rows: Sequence[int], name: str, repeat: int) -> Phase:
+    """One batch of micro-batches of so many rows, there and back, and its update."""
     actions, live = {}, {}
     for number, device in enumerate(sharded.devices):
         states = (Value(state_of(v.name), width=v.width) for v in _standing(sharded, number))
         live[device] = (*_standing(sharded, number), *(state for state in states if state.name in sharded.tensors))
-        actions[device] = with_frees(Trainer(sharded, number, rows).batch())
-    return Phase(name, (rows,), _shards(sharded, rows), actions, live, repeat=repeat)
+        actions[device] = with_frees(Trainer(sharded, number).batch(rows))
+    return Phase(name, tuple(rows), _shards(sharded, *rows), actions, live, repeat=repeat)
 
 
 def _standing(sharded: Sharded, number: int) -> tuple[Value, ...]:
@@ -184,5 +190,7 @@ def _standing(sharded: Sharded, number: int) -> tuple[Value, ...]:
     return (*held, *((buffers,) if buffers.name in sharded.tensors else ()))
 
 
-def _shards(sharded: Sharded, rows: int) -> dict[str, Shard]:
-    return {device: Shard(sharded.held(i), ((0, rows),)) for i, device in enumerate(sharded.devices)}
+def _shards(sharded: Sharded, *rows: int) -> dict[str, Shard]:
+    """Every device works on all rows of every micro-batch."""
+    whole = tuple((0, count) for count in rows)
+    return {device: Shard(sharded.held(i), whole) for i, device in enumerate(sharded.devices)}

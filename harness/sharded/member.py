@@ -18,20 +18,26 @@ from harness.sharded.shares import HYBRID, SEQUENCE, TENSOR
 class Member:
     """Writes the action list of one device of the ring."""
 
-    def __init__(self, sharded: Sharded, number: int, rows: int) -> None:
+    def __init__(self, sharded: Sharded, number: int) -> None:
         self.sharded, self.costs, self.block = sharded, sharded.costs, sharded.block
-        self.number, self.rows, self.count = number, rows, len(sharded.devices)
+        self.number, self.count = number, len(sharded.devices)
         self.right = sharded.devices[(number + 1) % self.count]
         self.left = sharded.devices[(number - 1) % self.count]
         self.whole: Range = (0, self.block.tokens)
         self.mine = sharded.tokens[number]
+        self._begin(0, 0)
+
+    def _begin(self, micro_batch: int, rows: int) -> None:
+        self.micro_batch, self.rows = micro_batch, rows
         #: Of sums how many devices' parts are in what is read. A part is version 0; so is whatever is no sum.
         self.summed: dict[str, int] = {}
         #: What has been gathered: version 1 has all tokens, version 0 this device's.
         self.gathered: set[str] = set()
-        self.kept = sharded.kept(number, rows)
+        self.kept = self.sharded.kept(self.number, rows)
 
-    def request(self) -> Iterator[Action]:
+    def request(self, rows: int, micro_batch: int = 0) -> Iterator[Action]:
+        """The way of so many rows through all layers."""
+        self._begin(micro_batch, rows)
         first, last = self.block.first, self.block.last
         if self.number == 0 or self.sharded.embedded:
             yield from self._compute((0, first), None, None)
@@ -48,7 +54,7 @@ class Member:
         """What is held under the name: of all tokens, or some."""
         tokens = None if tokens == self.whole else tokens
         gathered = tokens is None and name in self.gathered
-        return Value(name, 0, (0, self.rows), tokens, width, 1 if gathered else self.summed.get(name, 0))
+        return Value(name, self.micro_batch, (0, self.rows), tokens, width, 1 if gathered else self.summed.get(name, 0))
 
     def _compute(self, units: Range, tokens: Range | None, width: Range | None, version: int = 0) -> Iterator[Action]:
         """The pass, if there is anything to do. `version`: that of what it makes."""
@@ -58,7 +64,7 @@ class Member:
         weights = [value for unit in range(*units) for value in self.sharded.weights(unit, self.number)]
         buffers = Value("buffers@{}:{}".format(*self.sharded.held(self.number)))
         buffered = self.costs.buffers_bytes(*units) and buffers.name in self.sharded.tensors
-        about = Compute(units, FORWARD, 0, (0, self.rows), (), (), tokens=tokens, width=width)
+        about = Compute(units, FORWARD, self.micro_batch, (0, self.rows), (), (), tokens=tokens, width=width)
         kinds = {unit.kind for unit in self.costs.units[slice(*units)]}
         inside = self.block.first <= units[0] < self.block.last
         again = not inside or (self.sharded.scheme == TENSOR and kinds == {"connective"})
@@ -66,7 +72,7 @@ class Member:
         yield Compute(
             units,
             FORWARD,
-            0,
+            self.micro_batch,
             (0, self.rows),
             (*dict.fromkeys(weights), *((buffers,) if buffered else ())),
             tuple(self._value(value.name, value.tokens, value.width) for value in inputs(about, self.costs)),

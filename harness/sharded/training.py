@@ -8,7 +8,7 @@ the keys and values of all tokens are reduce-scattered, and those of the weights
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 
 from harness.costs import BACKWARD
@@ -28,30 +28,34 @@ class Trainer(Member):
     tensor have given theirs, the sum is what the pass that made it begins with.
     """
 
-    def __init__(self, sharded: Sharded, number: int, rows: int) -> None:
-        super().__init__(sharded, number, rows)
-        self.forwards: dict[Range, Compute] = {}
-        #: The gradient of each tensor as far as it has been summed.
-        self.totals: dict[str, Value] = {}
+    def __init__(self, sharded: Sharded, number: int) -> None:
+        super().__init__(sharded, number)
         self.accumulated: set[Value] = set()
         self.tokens = None if self.mine == self.whole else self.mine
         self.works = self.mine[0] < self.mine[1]
 
-    def batch(self) -> Iterator[Action]:
-        yield from self.request()
-        end = (self.block.last, len(self.costs.units))
-        yield from self._back(end)
-        yield from self._hand_out()
-        for units in reversed(self._layers()):
-            yield from self._back(units)
-        yield from self._collect()
-        yield from self._back((0, self.block.first))
+    def _begin(self, micro_batch: int, rows: int) -> None:
+        super()._begin(micro_batch, rows)
+        self.forwards: dict[Range, Compute] = {}
+        #: The gradient of each tensor as far as it has been summed.
+        self.totals: dict[str, Value] = {}
+
+    def batch(self, micro_batches: Sequence[int]) -> Iterator[Action]:
+        """The way of the micro-batches, one after the other, there and back, and the update."""
+        for micro_batch, rows in enumerate(micro_batches):
+            yield from self.request(rows, micro_batch)
+            yield from self._back((self.block.last, len(self.costs.units)))
+            yield from self._hand_out()
+            for units in reversed(self._layers()):
+                yield from self._back(units)
+            yield from self._collect()
+            yield from self._back((0, self.block.first))
         yield from self._update()
 
     def _compute(self, units: Range, tokens: Range | None, width: Range | None, version: int = 0) -> Iterator[Action]:
         for action in super()._compute(units, tokens, width, version):
             assert isinstance(action, Compute)
-            saved = Value(saved_name(*units), 0, (0, self.rows), action.tokens, action.width)
+            saved = Value(saved_name(*units), self.micro_batch, (0, self.rows), action.tokens, action.width)
             self.forwards[units] = replace(action, writes=(*action.writes, saved))
             yield self.forwards[units]
 
@@ -102,7 +106,7 @@ class Trainer(Member):
     def _add(self, name: str, units: Range, forward: Compute | None) -> Iterator[Action]:
         """What a pass gives back for a tensor is summed over the devices, where each has a part of it, and added to
         what others have given."""
-        unit, value = self.costs.units[units[0]], Value(f"grad:{name}@{units[0]}", 0, (0, self.rows))
+        unit, value = self.costs.units[units[0]], Value(f"grad:{name}@{units[0]}", self.micro_batch, (0, self.rows))
         scheme = self.sharded.scheme
         shared = sum(share > 0 for share in self.sharded.shares.tokens) > 1
         by_tokens = scheme == SEQUENCE and unit.kind == CORE and name in unit.reads[1:3] and shared
@@ -127,7 +131,7 @@ class Trainer(Member):
 
     def _gather_gradient(self, name: str, unit: int) -> Iterator[Action]:
         """The gradient of a sum that was scattered, of all tokens."""
-        value = self.totals.get(name, Value(f"grad:{name}@{unit}", 0, (0, self.rows), self.mine))
+        value = self.totals.get(name, Value(f"grad:{name}@{unit}", self.micro_batch, (0, self.rows), self.mine))
         if not self.works:
             yield Combine("sum", (), value)
         self.totals[name] = value._replace(tokens=None, version=value.version + 1)
@@ -138,7 +142,7 @@ class Trainer(Member):
         name = self.block.leaving
         if self.sharded.headed or self.count == 1:
             return
-        whole = Value(f"grad:{name}@{self.block.last}", 0, (0, self.rows))
+        whole = Value(f"grad:{name}@{self.block.last}", self.micro_batch, (0, self.rows))
         mine = whole._replace(tokens=self.tokens)
         if self.number == 0:
             for device, tokens in self._others():
@@ -180,7 +184,7 @@ class Trainer(Member):
     def _join(self, name: str, total: Value | None) -> Iterator[Action]:
         """The leader collects the gradients of the others' tokens."""
         version = self.totals[name].version if total is not None else self._versions(name)
-        whole = Value(f"grad:{name}@{self.block.first}", 0, (0, self.rows), version=version)
+        whole = Value(f"grad:{name}@{self.block.first}", self.micro_batch, (0, self.rows), version=version)
         pieces = [whole._replace(tokens=tokens) for _, tokens in self._others()]
         for (device, _), piece in zip(self._others(), pieces, strict=True):
             yield Recv(piece, device)

@@ -11,7 +11,7 @@ from functools import partial
 
 from harness.cluster import Cluster
 from harness.costs import Costs
-from harness.errors import OrreryError, OutOfMemory, unknown_name
+from harness.errors import OrreryError, OutOfMemory, Unsupported, unknown_name
 from harness.plan import Plan
 from harness.search import fastest
 from harness.sharded import (
@@ -52,7 +52,8 @@ OPTIONS: dict[str, object] = {
 
 
 def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[str, object]) -> Plan:
-    """The plan of the chosen split. Raises OutOfMemory where the weights fit nowhere, and says what is missing."""
+    """The plan of the chosen split. Raises OutOfMemory where the weights fit nowhere, and says what is missing, and
+    Unsupported for training."""
     overlap, tiles = options["overlap"], whole_tiles("galaxy", options)
     embeddings = known_embeddings("galaxy", options)
     if not isinstance(overlap, bool):
@@ -61,6 +62,10 @@ def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[st
         if options[key] not in allowed:
             raise unknown_name(f"value of galaxy.{key}", str(options[key]), allowed)
 
+    if costs.training:
+        raise Unsupported(
+            "Galaxy shares the layers of inference; megatron and sequence-parallel train with shared layers"
+        )
     if options["choose"] != ALL and options["scheme"] != HYBRID:
         raise OrreryError("galaxy.choose=fastest tries all schemes. Leave galaxy.scheme away.")
 
