@@ -103,7 +103,7 @@ def _energy(found: Sequence[Cell]) -> Table:
             "status": run.status,
         }
         for cell in found
-        for method, run in cell.runs.items()
+        for method, run in sorted(cell.runs.items(), key=lambda item: (item[0] not in STUDY, item[0]))
     ]
     numbers = dict.fromkeys(("J/sample", "samples/s", "J/epoch", "idle, %", "peak, MiB", "MB moved/batch"), significant)
     notes = (
@@ -158,7 +158,7 @@ def _verdicts(found: Sequence[Cell]) -> Table:
     rows = [row for cell in found for row in _statements(cell, found)]
     title = "What the study says of its parallelisms, and whether it holds here"
     notes = (
-        "(i) pipeline and data parallelism take the least energy. (ii) The GPU takes less than the CPU. (iii) Energy is "
+        "(i) pipeline and data parallelism take least energy. (ii) The GPU takes less than the CPU. (iii) Energy is "
         f"about that of one device, within {ABOUT:.0%}, and time far lower, by over half of the devices. (iv) Tensor "
         "and sequence parallelism communicate longer than the others. (v) Data and sequence parallelism run out of "
         "memory first. Thresholds are this project's: the study's numbers are unknown.",
