@@ -23,7 +23,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -122,7 +122,7 @@ class Request:
         cluster = self.testbed.cluster
         return cluster.only(set(cluster.names).difference(joining(self.faults)))
 
-    @property
+    @cached_property
     def config_hash(self) -> str:
         """Names this run: equal for equal questions, whatever version of the code answers them."""
         asked = {

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -125,7 +126,8 @@ def _scan(package: str) -> Iterator[Entry]:
             source = path / "__init__.py" if path.is_dir() else path
             if path.name.startswith(("_", ".")) or source.suffix != ".py" or not source.is_file():
                 continue
-            yield Entry(method_name(path), package, _summary(source), f"{package}.{path.stem}")
+            summary = _summary(source, source.stat().st_mtime_ns)
+            yield Entry(method_name(path), package, summary, f"{package}.{path.stem}")
 
 
 def _folders(package: str) -> list[Path]:
@@ -137,8 +139,9 @@ def method_name(path: Path) -> str:
     return path.stem.replace("_", "-")
 
 
-def _summary(source: Path) -> str:
-    """First line of the module's docstring."""
+@cache
+def _summary(source: Path, changed_ns: int) -> str:
+    """First line of the module's docstring, as the file was at that time: a sweep looks methods up often."""
     try:
         text = ast.get_docstring(ast.parse(source.read_bytes()))
     except (OSError, SyntaxError, ValueError) as error:
