@@ -14,6 +14,7 @@ from harness.workload import Workload
 
 #: shares: rows of a micro-batch per device, "equal" or in proportion to "speed".
 OPTIONS: dict[str, object] = {"micro_batch_size": None, "shares": "equal"}
+VARIANTS = {"shares": ["equal", "speed"]}
 
 
 def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[str, object]) -> Plan:

@@ -189,15 +189,39 @@ def plan(
     testbed: Testbed = None,
     options: Set = None,
     no_cache: NoCache = False,
-    picture: Annotated[Path | None, typer.Option(help="draw the first iteration: .svg, .pdf or .png")] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            "--objective", metavar="time|energy|edp|co2", help="rank all methods (or --method) and device sets"
+        ),
+    ] = None,
+    deadline: Annotated[
+        float | None, typer.Option("--deadline", metavar="S", help="with --objective: what takes longer is left out")
+    ] = None,
+    carbon: Annotated[
+        str | None,
+        typer.Option("--carbon", metavar="G_PER_KWH|COUNTRY", help="with --objective: what the grid emits; or assumed"),
+    ] = None,
+    save_plan: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="with --objective: the best candidate's plan, for --plan")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="draw the first iteration, or the front: .svg, .pdf or .png")
+    ] = None,
     trace: Annotated[Path | None, typer.Option(help="Chrome trace of the simulated run")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="the plan itself, for --plan")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="the plan itself, for --plan; or a candidate a line")] = False,
 ) -> None:
-    """Show a method's plan, without running it."""
+    """Show a method's plan, without running it; or, with an objective, which method and devices are best."""
     from harness import runner
     from harness.plan import serial
     from harness.plan.text import describe
 
+    if objective is not None:
+        _advise(ctx, objective, deadline, carbon, save_plan, picture, as_json)
+        return
+    for flag in ("deadline", "carbon", "save_plan"):
+        if ctx.params[flag] is not None:
+            raise OrreryError(f"--{flag.replace('_', '-')} is for choosing among methods. Give --objective, too.")
     (request,) = _flags(ctx)
     costs, made = runner.make_plan(request)
     if picture is not None or trace is not None:
@@ -349,6 +373,73 @@ def report(
     from harness import registry
 
     print(registry.load_results("report").write(folder))
+
+
+def _advise(
+    ctx: typer.Context,
+    objective: str,
+    deadline_s: float | None,
+    carbon: str | None,
+    save_plan: Path | None,
+    picture: Path | None,
+    as_json: bool,
+) -> None:
+    """Rank the methods that there are."""
+    from harness import advice, advisor, runner, store
+    from harness.carbon import intensity_of
+    from harness.errors import unknown_name
+    from harness.plan import serial
+
+    if objective not in advisor.OBJECTIVES:
+        raise unknown_name("objective", objective, advisor.OBJECTIVES)
+    if deadline_s is not None and not deadline_s > 0:
+        raise OrreryError(f"--deadline is {deadline_s:g} s; it must be more than 0.")
+    for flag in ("plan_file", "trace"):
+        if ctx.params[flag] is not None:
+            name = flag.removesuffix("_file")
+            raise OrreryError(f"--{name} is about one plan, and --objective ranks those of all methods. Leave one out.")
+    intensity = intensity_of(carbon)
+    requests, broken = _methods_to_try(_tables(ctx))
+    costs, samples = runner.costs_of(requests[0]), requests[0].workload.total_samples
+    found = advisor.advise(requests, costs, objective, deadline_s)
+    found = found._replace(others=[*found.others, *(advisor.Candidate(n, {}, (), "failed", w) for n, w in broken)])
+    if save_plan is not None:
+        best = serial.to_json(advisor.plan_of(found.ranked[0], requests, costs))
+        store.write_whole(save_plan, lambda part: part.write_text(best, encoding="utf-8"))
+    if picture is not None:
+        workload, testbed = requests[0].workload, requests[0].testbed
+        advice.draw(found, picture, f"{workload.model} · {workload.technique} · {testbed.name}, by {objective}")
+    if as_json:
+        for line in advice.lines(found, intensity, samples):
+            print(line)
+    else:
+        print(advice.table(found, intensity, samples))
+
+
+def _methods_to_try(tables: dict[str, dict[str, Any]]) -> tuple[list[Request], list[tuple[str, str]]]:
+    """A request for every method, or the one that is named, with each of its variants but for options that are set;
+    and which methods are broken, and why."""
+    from harness import registry
+    from harness.experiment import expand
+
+    names, broken = [], []
+    named = tables["run"].get("method")
+    for name in registry.methods() if named is None else [named]:
+        try:
+            method = registry.load_method(name)
+        except OrreryError as error:
+            if named is not None:
+                raise
+            broken.append((name, str(error)))
+            continue
+        names.append(name)
+        if options := {**method.variants, **tables["options"].get(method.name, {})}:
+            tables["options"][method.name] = options
+    tables["run"]["method"] = names
+    requests = expand(tables, "the command line")
+    if len({request.workload for request in requests}) > 1:
+        raise OrreryError("--objective ranks methods for one workload. Give one value for each option of a technique.")
+    return requests, broken
 
 
 def _flags(ctx: typer.Context) -> list[Request]:

@@ -17,7 +17,9 @@ class Device:
     An operator class that is missing has no known rate: a workload that needs it is refused, not guessed.
     `measured` names a table of measured unit times (see `harness.profile.measure`) that replaces the rates.
     Such a device may have but a `share` of the core that was measured.
-    `accelerator` is "cpu" or "gpu": what torch keeps of a dropout differs.
+    `accelerator` is "cpu" or "gpu": what torch keeps of a dropout differs. `load_w` is drawn while that computes,
+    `wait_w` while it takes part in a run and does not; sending adds `network_w`, and so does receiving. Powers may be
+    unknown. `battery_j` is what it may use in a run; None: as much as it wants.
     """
 
     name: str
@@ -30,6 +32,10 @@ class Device:
     storage_write: float | None = None
     idle_w: float | None = None
     load_w: float | None = None
+    wait_w: float | None = None
+    network_w: float | None = None
+    network_j_per_byte: float | None = None
+    battery_j: float | None = None
     measured: str | None = None
     share: float = 1.0
     accelerator: str = "cpu"

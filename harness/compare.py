@@ -27,6 +27,7 @@ HIGHER_IS_BETTER = {"throughput_samples_per_s": True} | dict.fromkeys(
         "bubble_fraction",
         "energy_j",
         "energy_net_of_idle_j",
+        "energy_per_sample_j",
         "planning_time_s",
         "loss",
         "max_rel_error",

@@ -25,6 +25,17 @@ class OutOfMemory(Exception):
         super().__init__(f"{text}; {detail}" if detail else text)
 
 
+class BatteryEmpty(Exception):
+    """A device's battery does not last the run. Becomes a row with status `failed`, never a crash."""
+
+    def __init__(self, device: str, needed_j: float, battery_j: float, at_s: float, samples: int):
+        self.device, self.needed_j, self.battery_j, self.at_s, self.samples = device, needed_j, battery_j, at_s, samples
+        super().__init__(
+            f"the battery of {device} holds {battery_j:.6g} J and the run takes {needed_j:.6g} J of it: it is empty "
+            f"after {at_s:.6g} s and {samples} samples"
+        )
+
+
 class Unsupported(Exception):
     """A method can't express this workload on this cluster. Becomes a row with status `unsupported`."""
 

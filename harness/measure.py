@@ -28,6 +28,7 @@ REPEATED = (
     "bubble_fraction",
     "energy_j",
     "energy_net_of_idle_j",
+    "energy_per_sample_j",
 )
 
 
@@ -69,7 +70,7 @@ def measure(trace: Trace, workload: Workload, cluster: Cluster, epochs_before: i
         "compute_time_s": max(computing),
         "bubble_fraction": 1 - sum(computing) / len(computing) / total,
         **memory(trace),
-        **energy(trace, cluster),
+        **energy(trace, cluster, samples),
     }
 
 
@@ -86,6 +87,7 @@ def recovered(whole_s: float, recoveries: Sequence[Mapping[str, object]], worklo
         "memory": None,
         "energy_j": None,
         "energy_net_of_idle_j": None,
+        "energy_per_sample_j": None,
         "energy_source": None,
         "energy": None,
         "recovery": [dict(recovery) for recovery in recoveries],
@@ -120,7 +122,7 @@ def _of_device(peak_bytes: int, kinds: Mapping[str, int]) -> dict[str, int]:
     return {"peak_bytes": peak_bytes, **{f"{kind}_bytes": kinds.get(kind, 0) for kind in KINDS}}
 
 
-def energy(trace: Trace, cluster: Cluster) -> dict[str, Any]:
+def energy(trace: Trace, cluster: Cluster, samples: int) -> dict[str, Any]:
     """Record fields of the modelled energy; none where a device's power is unknown."""
     modelled = power.energy(trace, cluster)
     if modelled is None:
@@ -128,6 +130,7 @@ def energy(trace: Trace, cluster: Cluster) -> dict[str, Any]:
     return {
         "energy_j": modelled.gross_j,
         "energy_net_of_idle_j": modelled.net_of_idle_j,
+        "energy_per_sample_j": modelled.gross_j / samples,
         "energy_source": modelled.source,
         "energy": {device: dataclasses.asdict(parts) for device, parts in modelled.devices.items()},
     }

@@ -77,7 +77,7 @@ def gantt(
     `memory_budget_bytes[device]` draws what each device has. OrreryError for any other suffix, for a trace
     without events, and where the file can't be written.
     """
-    path = _drawable(path)
+    path = drawable(path)
     devices = trace.devices[:MAX_DEVICES]
     in_order = dict.fromkeys((event.phase, event.iteration) for event in trace.events)
     window = list(in_order)[:iterations]
@@ -112,7 +112,7 @@ def gantt(
         shown = "first iteration" if len(window) == 1 else f"first {len(window)} iterations"
         panels[-1].set_xlabel(f"time in {unit}, {shown}", labelpad=2)
         _place(figure, panels, heights_in, devices, heading, 0.4 + LEGEND_IN * legend_lines)
-        _save(figure, path)
+        save(figure, path)
 
 
 def overlay(real: Sequence[Event], simulated: Trace, path: Path | str, title: str = "") -> None:
@@ -121,7 +121,7 @@ def overlay(real: Sequence[Event], simulated: Trace, path: Path | str, title: st
     It is the second iteration of the first phase, the first where there is no other: from its own first event on, in
     both. Raises OrreryError as `gantt` does, and where the two have no such iteration, or are of other devices.
     """
-    path = _drawable(path)
+    path = drawable(path)
     strangers = sorted({event.device for event in real}.difference(simulated.devices))
     if strangers:
         raise OrreryError(
@@ -158,7 +158,7 @@ def overlay(real: Sequence[Event], simulated: Trace, path: Path | str, title: st
         panel.set_xlabel(f"time in {unit} since the {ordinal} iteration began", labelpad=2)
         heading = _heading(title, len(simulated.devices))
         _place(figure, [panel], [DOUBLE_ROW_IN * len(devices) * len(queues)], devices, heading, 0.4)
-        _save(figure, path)
+        save(figure, path)
 
 
 def _by_iteration(events: Sequence[Event]) -> dict[tuple[int, int], list[Event]]:
@@ -177,7 +177,8 @@ def meaning(event: Event) -> str:
     return "storage" if event.kind in ("load", "store") else event.kind
 
 
-def _drawable(path: Path | str) -> Path:
+def drawable(path: Path | str) -> Path:
+    """The path, if its suffix is of a kind of picture."""
     path = Path(path)
     if path.suffix not in METADATA:
         raise OrreryError(f"{path}: a picture's name ends in one of {', '.join(METADATA)}. Choose one of them.")
@@ -188,7 +189,8 @@ def _heading(title: str, num_devices: int) -> str:
     return title + (f" (first {MAX_DEVICES} of {num_devices} devices)" if num_devices > MAX_DEVICES else "")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """The figure as a file, whole or not at all."""
     kind, metadata = path.suffix[1:], METADATA[path.suffix]
     write_whole(path, lambda part: figure.savefig(part, format=kind, metadata=metadata, dpi=150))
 

@@ -57,11 +57,12 @@ class PhaseRecord(Part):
 
 
 class DeviceEnergy(Part):
-    """Energy of one device over the run. The three parts add up to the device's gross energy."""
+    """Energy of one device over the run. The parts add up to the device's gross energy."""
 
-    idle_j: float
-    compute_j: float
-    communication_j: float
+    idle_j: float = Field(description="as if it had done nothing, over the whole run")
+    compute_j: float = Field(description="what computing adds")
+    wait_j: float = Field(default=0.0, description="what waiting adds, where it takes more than to be idle")
+    communication_j: float = Field(description="what the network adds")
 
 
 class HostEnergy(Part):
@@ -229,6 +230,7 @@ class Record(Part):
 
     energy_j: float | None = Field(default=None, description="gross, all devices; null where a power is unknown")
     energy_net_of_idle_j: float | None = None
+    energy_per_sample_j: float | None = Field(default=None, description="energy_j over samples, of all epochs")
     energy_source: str | None = None
     energy: dict[str, DeviceEnergy] | None = None
     host_energy: HostEnergy | None = Field(

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -62,14 +62,15 @@ class Entry:
 class Method:
     """A planner. `digest` is the hash of its file where the user gave one, so that an edited file is a new run.
 
-    `replan`: what it does about devices that are lost, leave, join or become slow, on the cluster as it is now; None: a
-    lost device is the end.
+    `variants`: values of options that an advisor tries. `replan`: what it does about devices that are lost, leave, join
+    or become slow, on the cluster as it is now; None: a lost device is the end.
     """
 
     name: str
     options: Mapping[str, object]
     plan: Callable[[Workload, Costs, Cluster, Mapping[str, object]], Plan]
     digest: str | None = None
+    variants: Mapping[str, Sequence[object]] = field(default_factory=dict)
     replan: Callable[[Workload, Costs, Cluster, Mapping[str, object], Change], Resumed | None] | None = None
 
 
@@ -207,7 +208,14 @@ def _method(name: str, module: ModuleType, where: str, digest: str | None = None
                 f"{where}: OPTIONS holds {option!r}: {default!r}. A name must be a text, and a default what a record "
                 "can hold: None, a truth value, a finite number, a text, or lists and dictionaries of these."
             )
-    return Method(name, options, plan, digest, getattr(module, "replan", None))
+    variants = getattr(module, "VARIANTS", {})
+    for option, values in variants.items():
+        if option not in options or not isinstance(values, list) or not values:
+            raise OrreryError(
+                f"{where}: VARIANTS holds {option!r}: {values!r}. A name must be one of OPTIONS, and its value a list "
+                "of those that are worth trying."
+            )
+    return Method(name, options, plan, digest, variants, getattr(module, "replan", None))
 
 
 def check_methods(kind: str) -> dict[str, str | None]:

@@ -18,11 +18,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from harness import datasets, measure, meters, models, profile, provenance, registry, store, techniques
+from harness import batteries, datasets, measure, meters, models, profile, provenance, registry, store, techniques
 from harness.cluster import Cluster
 from harness.cores import on_all_cores
 from harness.costs import Costs
-from harness.errors import Broken, OrreryError, OutOfMemory, Unsupported
+from harness.errors import BatteryEmpty, Broken, OrreryError, OutOfMemory, Unsupported
 from harness.experiment import COMPUTED, ON_THIS_MACHINE, Request, planned, reads_images
 from harness.meters.meter import Meter
 from harness.plain import plain
@@ -269,6 +269,8 @@ class _Series:
         except OutOfMemory as error:
             self._found.setdefault("peak_memory_bytes", error.needed_bytes)
             self.end("oom", str(error))
+        except BatteryEmpty as error:
+            self.end("failed", str(error))
         except Unsupported as error:
             self.end("unsupported", str(error))
         except OrreryError:
@@ -307,6 +309,7 @@ class _Series:
         if first:
             found.update(max_rel_error=execution.max_rel_error, metric=execution.metric)
         _must_fit(execution.trace, request)
+        _must_last(execution.trace, plan, request)
         found.update(resumed_after_epoch=execution.resumed_after_epoch)
         seen = execution.trace, request.workload, request.testbed.cluster
         measured = measure.measure(*seen, execution.resumed_after_epoch or 0)
@@ -378,8 +381,18 @@ class _Series:
 
 def make_plan(request: Request, found: dict[str, Any] | None = None) -> tuple[Costs, Plan]:
     """Costs of the workload and the method's plan for it, validated. Record fields about it go to `found`."""
+    costs = costs_of(request)
+    return costs, checked_plan(request, costs, found)
+
+
+def costs_of(request: Request) -> Costs:
+    """The costs of the request's workload. Raises Unsupported where model and data don't go together."""
     _shapes_match(request.workload)
-    costs = profile_of(request.workload, request.testbed)
+    return profile_of(request.workload, request.testbed)
+
+
+def checked_plan(request: Request, costs: Costs, found: dict[str, Any] | None = None) -> Plan:
+    """The method's plan for the workload that costs so much, validated. Record fields about it go to `found`."""
     began = time.perf_counter()
     plan = _planned(request, costs)
     seconds = time.perf_counter() - began
@@ -400,7 +413,7 @@ def make_plan(request: Request, found: dict[str, Any] | None = None) -> tuple[Co
         ) from error
     if found is not None:
         found.update(about)
-    return costs, plan
+    return plan
 
 
 def _planned(request: Request, costs: Costs) -> Plan:
@@ -518,6 +531,20 @@ def _must_fit(trace: Trace, request: Request) -> None:
     worst = max(devices, key=lambda device: trace.peak_bytes.get(device.name, 0) - device.memory_bytes)
     if trace.peak_bytes.get(worst.name, 0) > worst.memory_bytes:
         raise OutOfMemory(worst.name, trace.peak_bytes[worst.name], worst.memory_bytes, "at the peak of the run")
+
+
+def _must_last(trace: Trace, plan: Plan, request: Request) -> None:
+    """Of a simulated run the first device whose battery is empty before the end. What really runs draws real power."""
+    cluster = request.testbed.cluster
+    if request.mode != COMPUTED or all(device.battery_j is None for device in cluster.devices):
+        return
+    if request.faults:
+        raise Unsupported(
+            "no energy is modelled of a run whose devices change, so that nobody can tell whether batteries last"
+        )
+    empty = batteries.first_empty(trace, plan, cluster)
+    if empty is not None:
+        raise empty
 
 
 def _record(request: Request, found: dict[str, Any]) -> Record:

@@ -137,6 +137,8 @@ def _simulate(plan: Plan, costs: Costs, cluster: Cluster, most: int | None) -> T
                 sum(timed.link_bytes.values()) * repeat,
                 tuple(lengths),
                 sum(timed.busy[QUEUES.index(COMPUTE) :: len(QUEUES)]) * repeat / PICOSECONDS,
+                busy_s=_by_device(devices, [time * repeat for time in timed.busy]),
+                link_bytes={ends: nbytes * repeat for ends, nbytes in timed.link_bytes.items()},
                 decoding=phase.decoding,
             )
         )
@@ -148,10 +150,7 @@ def _simulate(plan: Plan, costs: Costs, cluster: Cluster, most: int | None) -> T
         total_s=now / PICOSECONDS,
         events=_Events(kept),
         phases=tuple(replace(phase, memory=memory) for phase, memory in zip(phases, peaks.spans, strict=True)),
-        busy_s={
-            name: {queue: busy[len(QUEUES) * d + q] / PICOSECONDS for q, queue in enumerate(QUEUES)}
-            for d, name in enumerate(devices)
-        },
+        busy_s=_by_device(devices, busy),
         link_bytes=link_bytes,
         peak_bytes={name: peak.nbytes for name, peak in peaks.run.items()},
         memory_bytes={name: peak.kinds for name, peak in peaks.run.items()},
@@ -160,6 +159,14 @@ def _simulate(plan: Plan, costs: Costs, cluster: Cluster, most: int | None) -> T
             for name, points in peaks.timeline.items()
         },
     )
+
+
+def _by_device(devices: Sequence[str], busy: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Seconds of each queue of each device, from picoseconds of all queues."""
+    return {
+        name: {queue: busy[len(QUEUES) * d + q] / PICOSECONDS for q, queue in enumerate(QUEUES)}
+        for d, name in enumerate(devices)
+    }
 
 
 def estimate(plan: Plan, costs: Costs, cluster: Cluster) -> Trace:

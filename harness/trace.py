@@ -45,7 +45,8 @@ class PhaseTrace:
 
     `iteration_s`: the lengths of the iterations that were looked at one by one. `computing_s`: seconds that compute
     queues worked for it, of all devices. `memory[device]`: its peaks from when all earlier phases had ended to the end
-    of this one. Both only where they were followed phase by phase. `decoding`: every iteration made one more token.
+    of this one. `busy_s` and `link_bytes` are as a trace has them. All of these only where they were followed phase by
+    phase. `decoding`: every iteration made one more token.
     """
 
     name: str
@@ -56,6 +57,8 @@ class PhaseTrace:
     iteration_s: tuple[float, ...] = ()
     computing_s: float | None = None
     memory: Mapping[str, Peak] = field(default_factory=dict)
+    busy_s: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    link_bytes: Mapping[tuple[str, str], int] = field(default_factory=dict)
     decoding: bool = False
 
 

@@ -52,11 +52,6 @@ def samples(record: Record) -> int:
     return record.batch_size * record.steps if record.steps else record.num_samples * record.epochs
 
 
-def joules(record: Record) -> float | None:
-    """Per sample."""
-    return None if record.energy_j is None else record.energy_j / samples(record)
-
-
 def idle_share(record: Record) -> float | None:
     """Of the energy, what the boards would have drawn idle in that time."""
     if record.energy is None or not record.energy_j:
@@ -94,9 +89,9 @@ def _energy(found: Sequence[Cell]) -> Table:
         {
             **cell.where,
             "method": method,
-            "J/sample": joules(run),
+            "J/sample": run.energy_per_sample_j,
             "samples/s": run.throughput_samples_per_s,
-            "J/epoch": run.energy_j and run.energy_j / samples(run) * run.num_samples,
+            "J/epoch": run.energy_per_sample_j and run.energy_per_sample_j * run.num_samples,
             "idle, %": None if (share := idle_share(run)) is None else 100 * share,
             "peak, MiB": run.peak_memory_bytes and run.peak_memory_bytes / MIB,
             "MB moved/batch": run.comm_bytes and run.comm_bytes / 1e6 / (samples(run) / run.batch_size),
@@ -167,7 +162,7 @@ def _verdicts(found: Sequence[Cell]) -> Table:
 
 
 def _statements(cell: Cell, found: Sequence[Cell]) -> Iterator[dict[str, object]]:
-    energy = cell.of(joules)
+    energy = cell.of(lambda run: run.energy_per_sample_j)
     ranked = sorted((method for method in STUDY if method in energy), key=lambda method: energy[method])
     order = " < ".join(f"{SHORT[method]} {energy[method]:.3g}" for method in ranked)
 
@@ -178,7 +173,7 @@ def _statements(cell: Cell, found: Sequence[Cell]) -> Iterator[dict[str, object]
         yield row("(i)", set(ranked[:2]) == {DATA, PIPELINE}, f"J per sample: {order}")
     other = _on_other(cell, found)
     if other is not None:
-        theirs = other.of(joules)
+        theirs = other.of(lambda run: run.energy_per_sample_j)
         both = [method for method in STUDY if method in energy and method in theirs]
         if both:
             ratios = ", ".join(f"{SHORT[method]} {theirs[method] / energy[method]:.3g}x" for method in both)

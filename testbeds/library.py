@@ -18,7 +18,7 @@ from harness.cluster import Cluster, Device
 from harness.errors import OrreryError, unknown_name
 from harness.faults import HEARTBEAT_TIMEOUT_S
 from testbeds.constants import Constant, Table, read
-from testbeds.profiles import MEDIA, MODEL_CONSTANTS, PORT_CONSTANTS, DeviceProfile, devices, load_device
+from testbeds.profiles import MEDIA, MODEL_CONSTANTS, PORT_CONSTANTS, POWERS, DeviceProfile, devices, load_device
 
 __all__ = ["Assumption", "Testbed", "devices", "load", "load_device", "names"]
 
@@ -62,11 +62,12 @@ class Event:
 
 @dataclass(frozen=True)
 class Slot:
-    """A device's place in a testbed: its profile, and what this machine gives it if it is a process here."""
+    """A device's place in a testbed: its profile, its battery, and what this machine gives it as a process here."""
 
     profile: DeviceProfile
     cpu_share: float = 1.0
     memory_bytes: int | None = None
+    battery_j: float | None = None
 
 
 @dataclass(frozen=True)
@@ -263,7 +264,8 @@ def _slots(table: Table, beside: Path, count: int | None) -> list[Slot]:
 
 
 def _slot(entry: Table, profile: DeviceProfile) -> Slot:
-    """`cpu_share` and `memory_bytes` are for processes of this machine: a board has its own."""
+    """`cpu_share` and `memory_bytes` are for processes of this machine: a board has its own. `battery_j`: the joules
+    that it may use in a simulated run."""
     share, memory = 1.0, None
     for key in ("cpu_share", "memory_bytes"):
         if entry.has(key) and profile.measured is None:
@@ -276,7 +278,14 @@ def _slot(entry: Table, profile: DeviceProfile) -> Slot:
         memory = entry.take("memory_bytes", int, "a whole number of at least 1")
         if memory < 1:
             raise entry.error("memory_bytes", f"is {memory}. It must be a whole number of at least 1.")
-    return Slot(profile, share, memory)
+    battery_j = None
+    if entry.has("battery_j"):
+        battery_j = entry.number("battery_j", allow_zero=False)
+        unknown = [key for key in POWERS if profile.value(key) is None]
+        if unknown:
+            lacks = f"{profile.name} lacks {' and '.join(unknown)}"
+            raise entry.error("battery_j", f"is of no use: {lacks}, without which nobody can tell what it uses.")
+    return Slot(profile, share, memory, battery_j)
 
 
 def _launching(slot: Slot, launch: Constant, name: str) -> Slot:
@@ -306,7 +315,7 @@ def _events(table: Table, ranks: Mapping[str, Slot]) -> Iterator[Event]:
 
 def _device(name: str, slot: Slot, slots: Sequence[Slot]) -> Device:
     """As planners see it: a share of a core has the same share of its memory bandwidth."""
-    device = slot.profile.device(name, _memory_bytes(slot, slots))
+    device = replace(slot.profile.device(name, _memory_bytes(slot, slots)), battery_j=slot.battery_j)
     if slot.profile.measured is None:
         return device
     return replace(device, share=slot.cpu_share, memory_bandwidth=device.memory_bandwidth * slot.cpu_share)

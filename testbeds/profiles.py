@@ -10,6 +10,10 @@ from harness.cluster import OPERATOR_CLASSES, Device
 from harness.errors import OrreryError, unknown_name
 from testbeds.constants import Constant, Table, read
 
+#: What a board draws idle, and while it computes with the profile's accelerator: without them it has no energy.
+POWERS = ("idle_w", "load_w")
+#: What it draws while it waits, what sending adds, and receiving, and every byte.
+FURTHER_POWERS = ("wait_w", "network_w", "network_j_per_byte")
 #: Constants that a plan's time, memory or energy rests on. Those a file leaves out are unknown.
 MODEL_CONSTANTS = (
     "peak_fp32_flops_per_s",
@@ -19,9 +23,11 @@ MODEL_CONSTANTS = (
     "memory_bandwidth_bytes_per_s",
     "storage_read_bytes_per_s",
     "storage_write_bytes_per_s",
-    "idle_w",
-    "load_w",
+    *POWERS,
+    *FURTHER_POWERS,
 )
+#: The first of each pair can't be more than the second.
+ORDERED_POWERS = (("idle_w", "load_w"), ("idle_w", "wait_w"), ("wait_w", "load_w"))
 #: TCP throughput of the board's own port, by medium. Loopback has no port.
 PORT_CONSTANTS = {"ethernet": "ethernet_mbit_per_s", "wifi": "wifi_mbit_per_s"}
 MEDIA = (*PORT_CONSTANTS, "loopback")
@@ -83,6 +89,9 @@ class DeviceProfile:
             storage_write=self.value("storage_write_bytes_per_s"),
             idle_w=self.value("idle_w"),
             load_w=self.value("load_w"),
+            wait_w=self.value("wait_w"),
+            network_w=self.value("network_w"),
+            network_j_per_byte=self.value("network_j_per_byte"),
             measured=self.measured,
             accelerator=self.accelerator,
         )
@@ -138,9 +147,12 @@ def _check(profile: DeviceProfile, table: Table) -> None:
             )
         if (key in known or parts) and "peak_fp32_flops_per_s" not in known:
             raise table.error(key, "is a fraction of peak_fp32_flops_per_s, which is missing.")
-    for small, large in (("idle_w", "load_w"), ("usable_memory_bytes", "installed_memory_bytes")):
+    for small, large in (*ORDERED_POWERS, ("usable_memory_bytes", "installed_memory_bytes")):
         if small in known and large in known and known[small].value > known[large].value:
             raise table.error(small, f"is {known[small].value}, more than {large} ({known[large].value}).")
+    for key in FURTHER_POWERS:
+        if key in known and not set(POWERS) <= known.keys():
+            raise table.error(key, f"is of no use alone: a board's energy needs {' and '.join(POWERS)}, too.")
     if ("usable_memory_bytes" in known) == (profile.measured is not None):
         raise table.error(
             "usable_memory_bytes", "must be given for a board, and left out for `measured` processes of this machine."

@@ -13,8 +13,8 @@ import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from harness.carbon import intensity_of
 from harness.errors import OrreryError, unknown_name
-from harness.meters.carbon import intensity_of
 from harness.meters.measurement import NotHere
 from harness.meters.meter import Meter, NullMeter, ProbeMeter
 from harness.meters.sampler import Probe

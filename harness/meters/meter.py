@@ -15,7 +15,7 @@ import time
 from datetime import datetime, timezone
 from typing import Any, Protocol
 
-from harness.meters.carbon import Intensity, grams
+from harness.carbon import Intensity
 from harness.meters.measurement import Measurement, net_of_idle
 from harness.meters.sampler import Probe
 from harness.meters.system import System
@@ -81,7 +81,7 @@ class ProbeMeter:
             return measured
         return dataclasses.replace(
             measured,
-            carbon_g=grams(measured.energy_j, self.intensity),
+            carbon_g=self.intensity.grams(measured.energy_j),
             carbon_g_per_kwh=self.intensity.g_per_kwh,
             carbon_source=self.intensity.source,
         )

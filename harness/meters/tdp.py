@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from harness.meters.carbon import J_PER_KWH
+from harness.carbon import J_PER_KWH
 from harness.meters.measurement import TDP_MODEL, Facts, NotHere
 from harness.meters.sampler import Watch
 from harness.meters.system import System

@@ -22,7 +22,7 @@ from harness.schedules import Stage, micro_batches
 from harness.search import Layout, fastest, layer_stacks, plan_pipeline
 from harness.workload import Workload
 from systems.pac.cache import from_kept_cache, with_cache
-from systems.pac.planner import EVEN, SHARES, Profile, Split, best_split
+from systems.pac.planner import EVEN, SHARES, SPEED, Profile, Split, best_split
 
 EQUATIONS, SIMULATION = CHOICES = ("equations", "simulation")
 #: `micro_batch_size`: of the first epoch. `shares`: of a micro-batch's rows within a group, "even" as in the paper, or
@@ -40,6 +40,7 @@ OPTIONS: dict[str, object] = {
     "cache": True,
     "kept_cache": False,
 }
+VARIANTS = {"shares": [EVEN, SPEED]}
 
 
 def plan(workload: Workload, costs: Costs, cluster: Cluster, options: Mapping[str, object]) -> Plan:

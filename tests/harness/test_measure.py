@@ -62,6 +62,7 @@ def test_latency_of_inference_is_per_request() -> None:
 def test_energy_is_gross_and_net_and_adds_up_over_devices() -> None:
     found = measure(trace(), TRAINING, cluster())
     assert found["energy_net_of_idle_j"] == (5 - 2) * (8 + 4)
+    assert found["energy_per_sample_j"] == found["energy_j"] / (20 * 2)
     assert found["energy_j"] == 2 * 10 * 2 + found["energy_net_of_idle_j"]
     assert sum(sum(parts.values()) for parts in found["energy"].values()) == found["energy_j"]
     assert "energy_j" not in measure(trace(), TRAINING, cluster(idle_w=None))

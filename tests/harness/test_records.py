@@ -30,7 +30,8 @@ CONTRACT = {
     *("total_time_s", "time_per_sample_s", "device_time_per_sample_s", "throughput_samples_per_s", "latency_s"),
     *("prefill_time_s", "time_per_token_s", "phases", "repeats", "iqr", "peak_memory_bytes", "memory"),
     *("comm_bytes", "comm_time_s", "compute_time_s", "bubble_fraction"),
-    *("energy_j", "energy_net_of_idle_j", "energy_source", "energy", "recovery", "planning_time_s", "plan"),
+    *("energy_j", "energy_net_of_idle_j", "energy_per_sample_j", "energy_source", "energy"),
+    *("recovery", "planning_time_s", "plan"),
     *("loss", "metric", "max_rel_error", "provenance"),
 }
 

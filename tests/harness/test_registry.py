@@ -42,6 +42,18 @@ def test_scan_takes_names_from_files_and_summaries_from_docstrings(packages: Pat
     assert not any(name.startswith("own_baselines.") for name in sys.modules), "listing imports no method"
 
 
+def test_variants_are_lists_of_values_of_options(packages: Path) -> None:
+    small = packages / "own_baselines" / "small_one.py"
+    small.write_text(f'{GOOD}VARIANTS = {{"speed": [1, 2]}}\n')
+    assert registry.load_method("small-one").variants == {"speed": [1, 2]}
+    assert registry.load_method("big-one").variants == {}
+    for wrong in ('{"sped": [1]}', '{"speed": 2}', '{"speed": []}'):
+        path = packages / "wrong.py"
+        path.write_text(f"{GOOD}VARIANTS = {wrong}\n")
+        with pytest.raises(OrreryError, match=r"VARIANTS holds 'spe.*A name must be one of OPTIONS"):
+            registry.load_method(str(path))
+
+
 def test_load_by_name(packages: Path) -> None:
     method = registry.load_method("big-one")
     assert (method.name, dict(method.options), method.digest) == ("big-one", {"speed": 1}, None)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.carbon import intensity_of
 from harness.errors import OrreryError
-from harness.meters.carbon import intensity_of
 from harness.meters.measurement import TDP_MODEL, NotHere
 from harness.meters.system import System
 from harness.meters.tdp import SETTINGS, probe

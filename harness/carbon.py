@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.resources import files
 
 from harness.errors import OrreryError, unknown_name
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 J_PER_KWH = 3.6e6
+MOST_G_PER_KWH = 5000.0
 
 
 @dataclass(frozen=True)
 class Intensity:
-    """What a grid emits, in g of CO2 equivalents per kWh."""
+    """What a grid emits, in g of CO2 equivalents per kWh; with its range where nobody said which grid it is."""
 
     g_per_kwh: float
     source: str
+    assumed: tuple[float, float] | None = None
+
+    def grams(self, energy_j: float) -> float:
+        """g of CO2 equivalents."""
+        return energy_j / J_PER_KWH * self.g_per_kwh
+
+    def __str__(self) -> str:
+        if self.assumed is None:
+            return f"{self.g_per_kwh:g} g CO2 per kWh, {self.source}"
+        low, high = self.assumed
+        return f"{self.g_per_kwh:g} g CO2 per kWh, assumed (from {low:g} to {high:g})"
 
 
-def grams(energy_j: float, intensity: Intensity) -> float:
-    """g of CO2 equivalents."""
-    return energy_j / J_PER_KWH * intensity.g_per_kwh
-
-
-def intensity_of(text: str) -> Intensity:
-    """A number of g per kWh, or the three letters of a country that the tables of CodeCarbon know."""
+def intensity_of(text: str | None) -> Intensity:
+    """A number of g per kWh, or the three letters of a country that the tables of CodeCarbon know; None: the assumed
+    one of `carbon.toml`."""
+    if text is None:
+        known = tomllib.loads((files("harness") / "carbon.toml").read_text(encoding="utf-8"))["g_per_kwh"]
+        return Intensity(known["value"], known["provenance"], (known["low"], known["high"]))
     try:
         number = float(text)
     except ValueError:
         return _of_country(text.upper())
-    if not 0 <= number <= 5000:
+    if not 0 <= number <= MOST_G_PER_KWH:
         raise OrreryError(f"The carbon intensity is {text}. Allowed is a number of g per kWh, from 0 to 5000.")
     return Intensity(number, "as given by the user")
 
