@@ -111,11 +111,15 @@ def draw(advice: Advice, path: Path, title: str) -> None:
             areas = [8 + 60 * (candidate.peak_memory_bytes or 0) / most for candidate in chosen]
             xs, ys = [place(candidate)[0] for candidate in chosen], [place(candidate)[1] for candidate in chosen]
             axes.scatter(xs, ys, areas, color=colour, alpha=0.8, linewidths=0)
-        names = []
+        alike: dict[tuple[float, float], list[Candidate]] = {}
         for candidate in advice.front:
-            rank = advice.ranked.index(candidate) + 1
-            axes.annotate(str(rank), place(candidate), (4, 3), textcoords="offset points")
-            names.append(f"{rank}  {_named(candidate)} on {len(candidate.devices)}")
+            alike.setdefault(place(candidate), []).append(candidate)
+        names = []
+        for where, (first, *others) in alike.items():
+            rank = advice.ranked.index(first) + 1
+            axes.annotate(str(rank), where, (4, 3), textcoords="offset points")
+            more = f", as {len(others)} others" if others else ""
+            names.append(f"{rank}  {_named(first)} on {len(first.devices)}{more}")
         # What is far from the front would make it a dot.
         for which, limit in ((0, axes.set_xlim), (1, axes.set_ylim)):
             low = min(place(candidate)[which] for candidate in advice.front)
