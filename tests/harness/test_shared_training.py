@@ -11,6 +11,7 @@ import torch
 from harness import datasets, models, profile, reference
 from harness.costs import Costs
 from harness.errors import Unsupported
+from harness.models.cuts import Piece
 from harness.plan import Action, Collective, Combine, Free, Plan
 from harness.plan.graph import InvalidPlan
 from harness.plan.serial import from_json, to_json
@@ -194,3 +195,13 @@ def test_what_has_no_way_back_is_refused(options: dict[str, object], how: dict[s
     load = replace(batches("bert-tiny"), **options)
     with pytest.raises(Unsupported, match=why):
         planned(load, HYBRID, 2, **how)
+
+
+def test_parts_of_a_parameter_make_up_the_whole() -> None:
+    """Channels of queries, keys and values that are packed in one product, of three devices."""
+    whole = torch.arange(5 * 24.0).view(5, 24)
+    pieces = [Piece(1, tuple((low + 8 * i, high + 8 * i) for i in range(3))) for low, high in ((0, 3), (3, 4), (4, 8))]
+    found = torch.full_like(whole, torch.nan)
+    for piece in pieces:
+        piece.put(piece.of(whole), found)
+    assert torch.equal(found, whole)

@@ -105,7 +105,7 @@ def test_every_trained_parameter_is_saved_by_somebody(tmp_path: Path) -> None:
     for device, half in zip(("a", "b"), halves, strict=True):
         save_file(half, tmp_path / f"trained-{device}.safetensors")
     assert trained_parameters(load, tmp_path, ["a", "b"]).keys() == wanted
-    with pytest.raises(Broken, match=r"No device has saved .*, which was to be trained"):
+    with pytest.raises(Broken, match=r"Devices have not saved .*, which was to be trained"):
         trained_parameters(load, tmp_path, ["a"])
 
 
