@@ -90,7 +90,9 @@ def _row(run: Record, recovery: Recovery) -> dict[str, object]:
 
 
 def _order(row: Mapping[str, object]) -> tuple[str, ...]:
-    return tuple(str(row[column]) for column in ("model", "testbed", "mode", "replayed rounds", "failure", "recovery"))
+    columns = ("model", "testbed", "mode", "replayed rounds", "failure")
+    how = str(row["recovery"])
+    return (*(str(row[column]) for column in columns), "" if how == LIGHTWEIGHT else how)
 
 
 def how(run: Record) -> str:
