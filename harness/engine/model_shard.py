@@ -289,17 +289,15 @@ class ModelShard:
         step: int,
         sample_ids: Sequence[int],
         decoding: bool = False,
-        stashed: bool = False,
-        kept: Collection[str] = (),
     ) -> tuple[dict[str, Tensor], Saved]:
         """One pass over the units of the action, in a phase that may be `decoding`.
 
-        kept: what of the entering tensors the backward pass reads; of others it takes no memory.
-        stashed: weights may be renewed before the backward pass. Of a parameter autograd keeps the object, whose memory
-        is another one by then; so it is given the memory itself.
         batch: the rows of the data set; entering: what was made before, rows first, in the pieces that
         `harness.plan.pieces` says. Returns every tensor that later units or the run want, cut off from autograd, and
         what the backward pass needs.
+
+        Autograd saves the memory of what it needs, not the objects: a parameter may have other memory by the time of
+        the backward pass, where its weights have been renewed, and of what entered nothing else is held.
         """
         first, last = action.units
         wanted = {*RESULTS, *(value.name for value in action.writes)}
@@ -315,18 +313,17 @@ class ModelShard:
         values = {**batch, **leaves}
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
-            if stashed:
-                stack.enter_context(saved_tensors_hooks(Tensor.detach, lambda kept: kept))
+            stack.enter_context(saved_tensors_hooks(Tensor.detach, lambda kept: kept))
             if self.workload.dropout != 0:
                 stack.enter_context(self.masks.samples(step, sample_ids, self._part(action)))
             made = self.layered.run(first, last, values, self.masks.enter, wanted, action.tokens)
-        _let_go(leaf for name, leaf in leaves.items() if leaf.requires_grad and name not in kept)
         roots = {
             name: get_gradient_edge(tensor)
             for name, tensor in made.items()
             if tensor.requires_grad and (name == "loss" or self._flows(name, last))
         }
         outputs = {name: tensor.detach() for name, tensor in made.items() if name not in entering}
+        _let_go(leaf for leaf in leaves.values() if leaf.requires_grad)
         return outputs, Saved(roots, {name: leaf for name, leaf in leaves.items() if leaf.requires_grad})
 
     def _part(self, action: Compute) -> Part:

@@ -5,24 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
-from harness.costs import BACKWARD
-from harness.plan.actions import (
-    COMPUTE,
-    NIC_OUT,
-    QUEUES,
-    STORAGE,
-    Action,
-    Collective,
-    Combine,
-    Compute,
-    Load,
-    Recv,
-    Send,
-    Step,
-)
+from harness.plan.actions import COMPUTE, NIC_OUT, QUEUES, STORAGE, Action, Collective, Combine, Load, Recv, Send, Step
 from harness.plan.flow import link
 from harness.plan.graph import Graph, check_order
 from harness.plan.plan import Phase, Plan
@@ -63,12 +48,6 @@ class Program:
     collectives: dict[Value, Collective]
     lands: dict[int, Value]
     renewed: frozenset[str]
-
-    @cached_property
-    def kept(self) -> dict[tuple[Range, int], frozenset[str]]:
-        """The names of what the backward pass of units and micro-batch reads."""
-        backward = (a for a in self.actions.values() if isinstance(a, Compute) and a.direction == BACKWARD)
-        return {(a.units, a.micro_batch): frozenset(value.name for value in a.reads) for a in backward}
 
     @property
     def loads(self) -> list[Value]:

@@ -490,11 +490,7 @@ class Worker:
         if pieces.is_part(action):  # modules take views of theirs for granted
             entering = {name: tensor.contiguous() for name, tensor in entering.items()}
         update = phase.update_of(action.micro_batch)
-        stashed = bool(iteration.program.renewed)
-        kept = iteration.program.kept.get((action.units, action.micro_batch), ())
-        outputs, saved = self.shard.forward(
-            action, batch, entering, iteration.step + update, ids, phase.decoding, stashed, kept
-        )
+        outputs, saved = self.shard.forward(action, batch, entering, iteration.step + update, ids, phase.decoding)
         if "loss" in outputs and not action.replica:
             iteration.losses[update] += outputs["loss"].item()
         elif "logits" in outputs and not self.workload.training and self.keeps_answers and not iteration.rehearsal:
