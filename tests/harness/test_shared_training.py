@@ -14,14 +14,13 @@ from harness.errors import Unsupported
 from harness.models.cuts import Piece
 from harness.plan import Action, Collective, Combine, Free, Plan
 from harness.plan.graph import InvalidPlan
-from harness.plan.serial import from_json, to_json
 from harness.plan.validate import validate
-from harness.sharded import HYBRID, SEQUENCE, TENSOR, Shares, even_shares, plan_sharded
+from harness.sharded import HYBRID, SEQUENCE, TENSOR, Shares
 from harness.simulator import simulate
 from harness.workload import Workload
 from tests.harness.engine.devices import Trained, run_devices
 from tests.harness.models import text_oracle
-from tests.harness.test_sharded import uneven
+from tests.harness.test_sharded import planned, uneven
 from tests.harness.toys import cluster
 
 MODELS = ("bert-tiny", "distilbert-tiny", "gpt2-tiny", "opt-tiny")
@@ -32,16 +31,6 @@ def batches(model: str, **options: object) -> Workload:
     defaults = {"dropout": 0.0, "optimizer": "sgd-momentum", "learning_rate": 0.05}
     asked = text_oracle.workload(model, technique="full", **{**defaults, **options})
     return replace(asked, num_samples=8, batch_size=3)
-
-
-def planned(load: Workload, scheme: str, shares: Shares | int, **how: object) -> tuple[Plan, Costs]:
-    costs = profile.count(load)
-    shares = even_shares(costs, shares) if isinstance(shares, int) else shares
-    names = [f"device{i}" for i in range(len(shares.heads))]
-    plan = plan_sharded("by-hand", load, costs, names, scheme, shares, **how)
-    validate(plan, costs)
-    assert from_json(to_json(plan)) == plan
-    return plan, costs
 
 
 def assert_trained(ours: Trained, plan: Plan, load: Workload) -> None:
