@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from harness import models
+from harness.errors import OrreryError
 from harness.records import Record
 from harness.registry import load_testbed
 from harness.workload import Workload
@@ -213,8 +214,11 @@ def _beside_one(
 
 
 def _accelerator(record: Record) -> str | None:
-    """What the testbed's boards compute on, if all are alike."""
-    kinds = {device.accelerator for device in load_testbed(record.testbed).cluster.devices}
+    """What the testbed's boards compute on, if all are alike, and the testbed is in the library."""
+    try:
+        kinds = {device.accelerator for device in load_testbed(record.testbed).cluster.devices}
+    except OrreryError:  # of a testbed from a file a record has the name only
+        return None
     return kinds.pop() if len(kinds) == 1 else None
 
 

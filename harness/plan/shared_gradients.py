@@ -15,7 +15,7 @@ from harness.costs import BACKWARD, Costs, UnitCost
 from harness.plan.actions import Combine, Commit, Compute, Send, Step
 from harness.plan.flow import is_piece
 from harness.plan.graph import Graph, InvalidPlan
-from harness.plan.pieces import CORE, ROWS, TOKENWISE, extents, spans
+from harness.plan.pieces import CORE, ROWS, TOKENWISE, extents, is_part, spans
 from harness.plan.plan import Phase, Plan
 from harness.plan.values import Range, Value
 
@@ -35,7 +35,7 @@ Content = Counter[Part]
 def is_shared(phase: Phase) -> bool:
     """Whether devices go through their units pass by pass, and not in one: then each gives back its own part only."""
     return any(
-        isinstance(action, Compute) and action.units != phase.shards[device].units
+        isinstance(action, Compute) and (action.units != phase.shards[device].units or is_part(action))
         for device, actions in phase.actions.items()
         for action in actions
     )
@@ -175,6 +175,8 @@ class _Follower:
     def _step(self, action: Step, device: int) -> None:
         if {v.name: v.version + 1 for v in action.reads} != {v.name: v.version for v in action.writes}:
             raise self._fail(device, "the step must write what it reads, one version on")
+        if action.norm is not None:
+            raise self._fail(device, "gradients of layers that are shared are not clipped by a norm")
         rows = (0, self.phase.batch_size)
         for value in action.gradients:
             self.stepped[device][value.name] += 1

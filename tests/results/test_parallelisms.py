@@ -79,3 +79,9 @@ def test_what_runs_out_of_memory_is_said(records: list[Record]) -> None:
 
 def test_without_all_four_there_is_no_table(records: list[Record]) -> None:
     assert not parallelisms.text([record for record in records if record.method != TENSOR])
+
+
+def test_a_testbed_from_a_file_has_no_statement_about_its_gpus(records: list[Record]) -> None:
+    elsewhere = [r.model_copy(update={"testbed": "my-boards"}) for r in records if r.testbed == "nano-4"]
+    (table,) = (table for table in parallelisms.tables(elsewhere) if table.name == "verdicts")
+    assert set(table.frame["statement"]) == {"(iii)", "(iv)"}
